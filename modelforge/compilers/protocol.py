@@ -1,0 +1,166 @@
+"""The seam between the forge and a vendor's compiler: probe, supports, compile, run.
+
+A compiler is one module and one entry point in the group ``modelforge.compilers``. ``probe`` and ``supports`` are
+cheap and pure: they import no vendor module and start no process. ``compile`` and ``run`` work in a child process
+(:func:`modelforge.toolchains.worker.call`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from modelforge.graph.facts import ModelFacts
+from modelforge.recipe import Dim
+from modelforge.target import Target
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Vendor software as installed. ``versions`` goes into content keys and into the variant record.
+
+    Attributes:
+        warnings: what works but not as well as it could, and how to raise it (shown by ``doctor`` and ``plan``).
+    """
+
+    versions: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Vendor software that is not here, and how to get it."""
+
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a compiler cannot have a model. ``rule`` is a short stable name, ``source`` where the rule comes from."""
+
+    rule: str
+    what: str
+    fix: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class CompileJob:
+    """What a compiler gets.
+
+    Attributes:
+        model: the lowered model, with its external data beside it if any. Not to be changed.
+        inputs: shape by input name; an int, or the symbol of a dimension bounded in ``dims``.
+        workdir: a private empty folder; all files of the result lie below it.
+        timeout: seconds for each child process.
+    """
+
+    model: Path
+    target: Target
+    precision: str
+    inputs: Mapping[str, tuple[int | str, ...]]
+    dims: Mapping[str, Dim]
+    workdir: Path
+    timeout: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler gives.
+
+    Attributes:
+        artifact: name of the main file, a key of ``files``.
+        files: bundle file name -> path. Names are plain (no folders).
+        commands: what was run, in neutral words: no path of this machine.
+        requires: what the device needs to run it, in one sentence.
+        notes: what a reader of the record must know.
+        report: facts worth keeping (sizes, functions, rules that applied); JSON.
+    """
+
+    artifact: str
+    files: Mapping[str, Path]
+    commands: tuple[tuple[str, ...], ...]
+    requires: str
+    notes: tuple[str, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """What a runner gets: the files of a variant, and inputs to run them on.
+
+    Attributes:
+        files: as in :class:`Compiled`, read back from the store or the bundle.
+        inputs: an .npz with one array per model input, shape ``[samples, ...]``: sample ``i`` of input ``x`` is
+            ``x[i:i+1]`` where the model's first dimension is 1 or a symbol, else ``x[i]``.
+        batch: how many samples to run at once (1 where the first dimension is fixed).
+        outputs: where to write an .npz with one array per model output, samples along the first axis as in
+            ``inputs``.
+    """
+
+    files: Mapping[str, Path]
+    artifact: str
+    target: Target
+    inputs: Path
+    batch: int
+    outputs: Path
+    workdir: Path
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How it ran: ``evidence`` is one of ``device``, ``emulator``, ``simulator``."""
+
+    evidence: str
+    notes: tuple[str, ...] = ()
+    latency: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Compiler(Protocol):
+    """One vendor's compiler."""
+
+    name: str
+    title: str
+    dialect: str
+    """How it wants quantization written."""
+    code_version: str
+    """Raised whenever the same inputs would give another artifact: part of the content key."""
+
+    def probe(self) -> Toolchain | Missing:
+        """Say what is installed, without importing it. Costs milliseconds."""
+
+    def supports(
+        self,
+        facts: ModelFacts,
+        target: Target,
+        precision: str,
+        inputs: Mapping[str, tuple[int | str, ...]],
+        dims: Mapping[str, Dim],
+    ) -> list[Refusal]:
+        """Say why this model cannot be compiled for this target at this precision; empty if nothing is known."""
+
+    def compile(self, job: CompileJob) -> Compiled:
+        """Compile in a child process.
+
+        Raises:
+            BuildError: the compiler failed, crashed, ran out of time, or left no artifact.
+            UnsupportedError: the compiler says that it cannot have this model.
+        """
+
+    def runner(self, target: Target) -> str | None:
+        """The evidence that :meth:`run` would give on this machine, or None where the artifact cannot run here."""
+
+    def runner_hint(self, target: Target) -> str:
+        """How to raise the evidence on this machine, for notes and ``doctor``; empty where it is the best."""
+
+    def run(self, job: RunJob) -> Ran:
+        """Run the compiled artifact here, in a child process.
+
+        Raises:
+            BuildError: it cannot run here, or failed.
+        """

@@ -1,0 +1,253 @@
+"""The recipe: what to build from which model, for which targets, and how good it must be.
+
+Reads TOML and checks all that can be checked without opening the model or the data. Knows no compiler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import ValidationError as _Fault
+
+from modelforge.errors import RecipeError, nearest
+from modelforge.schema import explain, line_suffix
+from modelforge.target import TAG_PATTERN, Precision
+
+METRICS = ("top1", "topk", "cosine", "sqnr")
+"""Metrics that the recipe may name without a module."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Dim(_Strict):
+    """The sizes of a symbolic dimension: a range with the size to optimise for, or the sizes that must run fast."""
+
+    min: PositiveInt | None = None
+    opt: PositiveInt | None = None
+    max: PositiveInt | None = None
+    values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.values is not None:
+            if (self.min, self.opt, self.max) != (None, None, None):
+                raise ValueError("give either `values` or `min`, `opt`, `max`, not both")
+            if list(self.values) != sorted(set(self.values)):
+                raise ValueError("`values` must rise, each size once")
+            return self
+        if self.min is None or self.opt is None or self.max is None:
+            raise ValueError("give `min`, `opt` and `max`, or `values`")
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("`min` <= `opt` <= `max` must hold")
+        return self
+
+    @property
+    def smallest(self) -> int:
+        return self.values[0] if self.values else (self.min or 1)
+
+    @property
+    def usual(self) -> int:
+        """The size to optimise for; of `values`, the largest."""
+        return self.values[-1] if self.values else (self.opt or 1)
+
+    @property
+    def largest(self) -> int:
+        return self.values[-1] if self.values else (self.max or 1)
+
+    @property
+    def gears(self) -> tuple[int, ...]:
+        """The sizes worth code of their own, rising."""
+        return self.values or tuple(sorted({self.smallest, self.usual, self.largest}))
+
+    def facts(self) -> dict[str, Any]:
+        if self.values:
+            return {"values": list(self.values)}
+        return {"min": self.min, "opt": self.opt, "max": self.max}
+
+
+class ModelSection(_Strict):
+    path: str
+
+
+class InputSection(_Strict):
+    shape: tuple[PositiveInt | str, ...]
+
+
+class CalibrationSection(_Strict):
+    data: str
+    samples: PositiveInt | None = None
+
+
+class AccuracySection(_Strict):
+    """``min_agreement`` and ``min_sqnr_db`` stand beside the metric; without them a default per precision holds."""
+
+    data: str
+    metric: str
+    max_drop: NonNegativeFloat | None = None
+    k: PositiveInt = 5
+    output: str | None = None
+    samples: PositiveInt | None = None
+    min_reference: float | None = None
+    min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_sqnr_db: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.metric not in METRICS and ":" not in self.metric:
+            raise ValueError(f'unknown metric "{self.metric}"; {nearest(self.metric, METRICS)}, or "module:function"')
+        if self.metric == "sqnr" and self.max_drop is not None:
+            raise ValueError("metric `sqnr` has no drop: give `min_sqnr_db` instead of `max_drop`")
+        if self.metric != "sqnr" and self.max_drop is None:
+            raise ValueError(f"metric `{self.metric}` needs `max_drop`, the absolute drop that is allowed")
+        return self
+
+
+class ServingSection(_Strict):
+    task: str | None = None
+    latency_budget_ms: PositiveFloat | None = None
+    fallback: tuple[str, ...] = ()
+
+
+class TargetSection(_Strict):
+    tag: str
+    precision: Annotated[tuple[Precision, ...], Field(min_length=1)]
+    required: bool = True
+    compiler: str | None = None
+
+
+class _RecipeFile(_Strict):
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$")]
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?$")]
+    model: ModelSection
+    inputs: dict[str, InputSection] = {}
+    dims: dict[str, Dim] = {}
+    calibration: CalibrationSection | None = None
+    accuracy: AccuracySection | None = None
+    serving: ServingSection = ServingSection()
+    target: Annotated[tuple[TargetSection, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        tags = [target.tag for target in self.target]
+        for tag in tags:
+            if not re.match(TAG_PATTERN, tag):
+                raise ValueError(f'"{tag}" is not a target tag: lower-case letters, digits and hyphens only')
+            if tags.count(tag) > 1:
+                raise ValueError(f'target "{tag}" stands twice')
+        return self
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe, its paths resolved against its own folder."""
+
+    path: Path
+    name: str
+    version: str
+    model: Path
+    inputs: dict[str, tuple[int | str, ...]]
+    dims: dict[str, Dim]
+    calibration: CalibrationSection | None
+    accuracy: AccuracySection | None
+    serving: ServingSection
+    targets: tuple[TargetSection, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def where(self, *keys: str | int) -> str:
+        """``recipe.toml:12: accuracy.data``, for error messages."""
+        dotted = ".".join(str(key) for key in keys)
+        return f"{self.path}{line_suffix(self.path, list(keys))}: {dotted}"
+
+
+def find_recipe(path: Path) -> Path:
+    """The TOML file that the user means: the file itself, or ``recipe.toml`` in the folder."""
+    if path.is_dir():
+        if not (path / "recipe.toml").is_file():
+            raise RecipeError(
+                "this folder holds no recipe.toml", where=str(path), fix="`modelforge init MODEL.onnx` writes one"
+            )
+        return path / "recipe.toml"
+    if not path.exists():
+        raise RecipeError("there is no such recipe", where=str(path), fix="give a folder with recipe.toml, or a file")
+    return path
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: with the file, the line and the key.
+    """
+    path = find_recipe(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError("is not a text file in UTF-8", where=str(path), fix="a recipe is a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"is not valid TOML: {error}", where=str(path)) from error
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    try:
+        file = _RecipeFile.model_validate(data)
+    except _Fault as error:
+        what, where, fix = explain(error, _RecipeFile, path)
+        raise RecipeError(what, where=where, fix=fix) from None
+    recipe = Recipe(
+        path=path,
+        name=file.name,
+        version=file.version,
+        model=_model_path(file.model.path, path),
+        inputs={name: section.shape for name, section in file.inputs.items()},
+        dims=dict(file.dims),
+        calibration=file.calibration,
+        accuracy=file.accuracy,
+        serving=file.serving,
+        targets=file.target,
+    )
+    _check_symbols(recipe)
+    return recipe
+
+
+def _check_symbols(recipe: Recipe) -> None:
+    used = {size for shape in recipe.inputs.values() for size in shape if isinstance(size, str)}
+    for name, shape in recipe.inputs.items():
+        for size in shape:
+            if isinstance(size, str) and size not in recipe.dims:
+                raise RecipeError(
+                    f'the symbol "{size}" has no bounds under [dims]',
+                    where=recipe.where("inputs", name, "shape"),
+                    fix=f"add to [dims]: {size} = {{ min = 1, opt = 4, max = 8 }}",
+                )
+    for symbol in recipe.dims:
+        if symbol not in used:
+            raise RecipeError(
+                f'no input uses the symbol "{symbol}"' + (f"; {nearest(symbol, used)}" if used else ""),
+                where=recipe.where("dims", symbol),
+            )
+
+
+def _model_path(text: str, recipe: Path) -> Path:
+    """A path relative to the recipe, or ``package:NAME/PATH`` for a model that an installed Python package carries."""
+    if not text.startswith("package:"):
+        return recipe.parent / text
+    package, _, inside = text.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(
+            f'the model is carried by the Python package "{package}", which is not installed',
+            where=f"{recipe}{line_suffix(recipe, ['model', 'path'])}: model.path",
+            fix=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inside

@@ -1,0 +1,208 @@
+"""Target profiles: what a device is, read from one TOML file each. Knows no compiler and no model.
+
+The tag of a target is the stem of its file: ``targets/cortex-a76.toml`` is ``cortex-a76``.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from modelforge.errors import TargetError, nearest
+from modelforge.schema import explain
+
+Precision = Literal["fp32", "fp16", "int8", "mixed"]
+Tier = Literal["device", "edge", "cloud"]
+TAG_PATTERN = r"^[a-z0-9][a-z0-9-]*$"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CudaArchitecture(_Strict):
+    """An NVIDIA GPU: ``sm`` is the compute capability without its dot (75 is 7.5)."""
+
+    kind: Literal["cuda"]
+    sm: Annotated[int, Field(ge=50, le=130)]
+    dla: bool = False
+
+
+class CpuArchitecture(_Strict):
+    """A CPU, in LLVM's words: ``mcpu`` and ``mattr`` go to the code generator as they stand.
+
+    ``cpuinfo`` lists the flags that a host must show (Linux ``/proc/cpuinfo``) to run this target's code.
+    """
+
+    kind: Literal["cpu"]
+    isa: Literal["x86-64", "aarch64"]
+    mcpu: str
+    mattr: tuple[str, ...] = ()
+    cpuinfo: tuple[str, ...] = ()
+    cores: PositiveInt
+    vector_bits: PositiveInt
+    qemu_cpu: str | None = None
+
+
+class AscendArchitecture(_Strict):
+    """A Huawei Ascend processor; ``soc_version`` is the exact word that ATC wants."""
+
+    kind: Literal["ascend"]
+    soc_version: str
+    cores: PositiveInt
+
+
+class RockchipArchitecture(_Strict):
+    """A Rockchip NPU; ``platform`` is rknn-toolkit2's ``target_platform``."""
+
+    kind: Literal["rockchip"]
+    platform: str
+    cores: PositiveInt
+
+
+class QualcommArchitecture(_Strict):
+    """A Qualcomm Hexagon tensor processor."""
+
+    kind: Literal["qualcomm"]
+    htp_arch: Annotated[int, Field(ge=60, le=99)]
+    soc_model: PositiveInt | None = None
+
+
+Architecture = Annotated[
+    CudaArchitecture | CpuArchitecture | AscendArchitecture | RockchipArchitecture | QualcommArchitecture,
+    Field(discriminator="kind"),
+]
+
+
+class Memory(_Strict):
+    """``bytes`` is what the device has; ``bandwidth`` is its peak in bytes per second."""
+
+    bytes: PositiveInt
+    bandwidth: PositiveFloat
+
+
+class Peak(_Strict):
+    """Peak rates without sparsity, in operations per second (a multiply-add counts as two)."""
+
+    fp32: PositiveFloat | None = None
+    fp16: PositiveFloat | None = None
+    int8: PositiveFloat | None = None
+
+
+class _TargetFile(_Strict):
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    title: str
+    vendor: str
+    tier: Tier
+    compilers: Annotated[tuple[str, ...], Field(min_length=1)]
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
+    arch: Architecture
+    memory: Memory
+    peak: Peak
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device profile.
+
+    Attributes:
+        compilers: names of the compilers that can serve it, in order of preference.
+        precisions: what its hardware computes in; a precision absent here has no hardware support.
+    """
+
+    tag: str
+    title: str
+    vendor: str
+    tier: Tier
+    compilers: tuple[str, ...]
+    precisions: tuple[Precision, ...]
+    arch: CudaArchitecture | CpuArchitecture | AscendArchitecture | RockchipArchitecture | QualcommArchitecture
+    memory: Memory
+    peak: Peak
+    notes: tuple[str, ...]
+    path: Path
+
+    def facts(self) -> dict[str, Any]:
+        """What a compiled artifact depends on: everything but the file's place and its prose."""
+        return {
+            "tag": self.tag,
+            "compilers": list(self.compilers),
+            "precisions": list(self.precisions),
+            "arch": self.arch.model_dump(mode="json"),
+        }
+
+
+def load_target(path: Path) -> Target:
+    """Read one profile.
+
+    Raises:
+        TargetError: the file is not TOML, has an unknown key, lacks one, or holds a value that is not allowed.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TargetError(f"cannot be read as TOML: {error}", where=str(path)) from error
+    try:
+        file = _TargetFile.model_validate(data)
+    except ValidationError as error:
+        what, where, fix = explain(error, _TargetFile, path)
+        raise TargetError(what, where=where, fix=fix) from None
+    fields = {name: getattr(file, name) for name in _TargetFile.model_fields if name != "schema_"}
+    return Target(tag=path.stem, path=path, **fields)
+
+
+def builtin_folder() -> Path:
+    """The folder of the profiles that ship with ModelForge."""
+    installed = Path(__file__).parent / "_targets"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "targets"
+
+
+def folders(extra: Sequence[Path] = ()) -> list[Path]:
+    """Where profiles are looked for, first found wins: ``extra``, ``$MODELFORGE_TARGETS``, the built-in ones."""
+    from_environment = [Path(part) for part in os.environ.get("MODELFORGE_TARGETS", "").split(os.pathsep) if part]
+    return [*extra, *from_environment, builtin_folder()]
+
+
+class Registry:
+    """The profiles that can be named in a recipe.
+
+    Example:
+        >>> Registry().get("t4").arch.sm
+        75
+    """
+
+    def __init__(self, extra: Sequence[Path] = ()) -> None:
+        self._paths: dict[str, Path] = {}
+        for folder in folders(extra):
+            for path in sorted(folder.glob("*.toml")):
+                self._paths.setdefault(path.stem, path)
+
+    def tags(self) -> list[str]:
+        return sorted(self._paths)
+
+    def get(self, tag: str, *, where: str | None = None) -> Target:
+        """The profile of ``tag``; ``where`` is named in the error if there is none."""
+        path = self._paths.get(tag)
+        if path is None:
+            raise TargetError(
+                f'there is no target "{tag}"; {nearest(tag, self._paths)}',
+                where=where,
+                fix="`modelforge targets` lists them; a file TAG.toml in targets/ beside the recipe adds one",
+            )
+        return _load_once(path)
+
+    def __iter__(self) -> Iterator[Target]:
+        return (self.get(tag) for tag in self.tags())
+
+
+@cache
+def _load_once(path: Path) -> Target:
+    return load_target(path)

@@ -1,0 +1,110 @@
+"""The one place that starts processes: fixed environment, time limit, whole process group killed, log kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# What a child may see of the caller's environment. Everything else (PYTHONPATH, LD_PRELOAD, proxies of a vendor
+# tool ...) would make the artifact depend on who built it.
+_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE", "MODELFORGE_HOME", "QEMU_LD_PREFIX")
+
+_running: set[subprocess.Popen[bytes]] = set()
+_running_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a process ended. ``returncode`` is negative for a signal, as in ``subprocess``."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    timed_out: bool
+    seconds: float
+    log: Path
+
+    @property
+    def ok(self) -> bool:
+        return self.returncode == 0 and not self.timed_out
+
+    def ending(self) -> str:
+        """The end of the process in words: ``ended with exit code 3``, ``was killed by SIGSEGV`` ..."""
+        if self.timed_out:
+            return f"was stopped after {self.seconds:.0f} s, its time limit"
+        if self.returncode < 0:
+            return f"was killed by {signal.Signals(-self.returncode).name}"
+        return f"ended with exit code {self.returncode}"
+
+    def tail(self, lines: int = 12) -> str:
+        """The last lines of its log."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The fixed environment of a child process."""
+    fixed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    # PYTHONHASHSEED: some compilers iterate over sets; one seed, one artifact.
+    fixed |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+    return fixed | dict(extra or {})
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    log: Path,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+) -> Finished:
+    """Run ``argv`` to its end, both streams into ``log``; kill its process group at ``timeout`` seconds.
+
+    Raises:
+        OSError: the program could not be started.
+    """
+    begun = time.monotonic()
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            list(argv),
+            cwd=cwd,
+            env=environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    with _running_lock:
+        _running.add(process)
+    timed_out = False
+    try:
+        process.wait(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    finally:
+        # Also after a normal end: a vendor tool may leave a grandchild running.
+        _kill_group(process)
+        with _running_lock:
+            _running.discard(process)
+    return Finished(tuple(argv), process.returncode, timed_out, time.monotonic() - begun, log)
+
+
+def kill_all() -> None:
+    """Kill every process group that is still running: the build was interrupted."""
+    with _running_lock:
+        for process in _running:
+            _kill_group(process, wait=False)
+
+
+def _kill_group(process: subprocess.Popen[bytes], *, wait: bool = True) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # the group is gone already
+    if wait:
+        process.wait()
