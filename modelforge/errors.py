@@ -39,6 +39,8 @@ class ModelForgeError(Exception):
         self.what = what
         self.where = where
         self.fix = fix
+        self.reported = False
+        """Whether the JSON document on stdout tells it already."""
 
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 from pydantic import ValidationError as _Fault
 
 from modelforge.errors import RecipeError, nearest
@@ -99,10 +108,15 @@ class AccuracySection(_Strict):
     min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     min_sqnr_db: float | None = None
 
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        if metric not in METRICS and ":" not in metric:
+            raise ValueError(f'unknown metric; {nearest(metric, METRICS)} (or give your own as "module:function")')
+        return metric
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.metric not in METRICS and ":" not in self.metric:
-            raise ValueError(f'unknown metric "{self.metric}"; {nearest(self.metric, METRICS)}, or "module:function"')
         if self.metric == "sqnr" and self.max_drop is not None:
             raise ValueError("metric `sqnr` has no drop: give `min_sqnr_db` instead of `max_drop`")
         if self.metric != "sqnr" and self.max_drop is None:

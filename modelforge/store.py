@@ -52,6 +52,23 @@ class StepRecord:
     files: Mapping[str, Blob] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A step record and when it was last used (local time, for people)."""
+
+    record: StepRecord
+    used: str
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a prune removed; ``freed`` in bytes."""
+
+    steps: int
+    blobs: int
+    freed: int
+
+
 def digest_file(path: Path) -> Blob:
     """Hash a file in chunks: memory does not grow with its size."""
     hasher = hashlib.sha256()
@@ -158,6 +175,11 @@ class Store:
             return None
         return record if all(self.has(blob) for blob in record.files.values()) else None
 
+    def touch(self, key: str) -> None:
+        """Say that a step record was used: `prune` goes by that."""
+        with contextlib.suppress(OSError):
+            os.utime(self.home / "steps" / f"{key}.json")
+
     def write(self, record: StepRecord) -> None:
         data = {
             "key": record.key,
@@ -196,6 +218,58 @@ class Store:
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime < oldest:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # -- housekeeping
+
+    def entries(self) -> list[Entry]:
+        """Every step record, last used first."""
+        found = []
+        for path in self.home.glob("steps/*.json"):
+            record = self.read(path.stem)
+            if record is not None:
+                with contextlib.suppress(OSError):
+                    found.append((path.stat().st_mtime, record))
+        found.sort(key=lambda pair: (-pair[0], pair[1].key))
+        return [Entry(record, time.strftime("%Y-%m-%d %H:%M", time.localtime(used))) for used, record in found]
+
+    def usage(self) -> tuple[int, int]:
+        """How many blobs there are, and their size in bytes."""
+        sizes = [path.stat().st_size for path in self.home.glob("blobs/sha256/*") if not path.name.startswith(".")]
+        return len(sizes), sum(sizes)
+
+    def prune(self, days: float) -> Removed:
+        """Remove step records not used for so many days, and the blobs that no record names any more.
+
+        A blob younger than an hour stays: a running build may be about to name it.
+        """
+        self.sweep()
+        now = time.time()
+        steps = blobs = freed = 0
+        for path in self.home.glob("steps/*.json"):
+            with contextlib.suppress(OSError):
+                if now - path.stat().st_mtime >= days * 24 * 3600:
+                    path.unlink()
+                    steps += 1
+        named = {blob.digest for entry in self.entries() for blob in entry.record.files.values()}
+        for path in self.home.glob("blobs/sha256/*"):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                if f"sha256:{path.name}" not in named and (now - status.st_mtime > 3600 or days == 0):
+                    path.unlink()
+                    blobs += 1
+                    freed += status.st_size
+        return Removed(steps, blobs, freed)
+
+    def verify(self) -> list[str]:
+        """Hash every blob; remove the damaged ones, and give their digests."""
+        damaged = []
+        for path in sorted(self.home.glob("blobs/sha256/*")):
+            if path.name.startswith("."):
+                continue
+            if digest_file(path).digest != f"sha256:{path.name}":
+                path.unlink()
+                damaged.append(f"sha256:{path.name}")
+        return damaged
 
     def _folder(self, *parts: str) -> Path:
         folder = self.home.joinpath(*parts)

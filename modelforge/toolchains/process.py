@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +17,10 @@ from pathlib import Path
 # What a child may see of the caller's environment. Everything else (PYTHONPATH, LD_PRELOAD, proxies of a vendor
 # tool ...) would make the artifact depend on who built it.
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE", "MODELFORGE_HOME", "QEMU_LD_PREFIX")
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+_TAIL_BYTES = 64 * 1024
 
 _running: set[subprocess.Popen[bytes]] = set()
 _running_lock = threading.Lock()
@@ -38,12 +45,18 @@ class Finished:
         if self.timed_out:
             return f"was stopped after {self.seconds:.0f} s, its time limit"
         if self.returncode < 0:
-            return f"was killed by {signal.Signals(-self.returncode).name}"
+            return f"was killed by {_signal_name(-self.returncode)}"
         return f"ended with exit code {self.returncode}"
 
     def tail(self, lines: int = 12) -> str:
         """The last lines of its log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        try:
+            with self.log.open("rb") as stream:
+                # A vendor tool may fill gigabytes: its end is enough.
+                stream.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+                text = stream.read(_TAIL_BYTES).decode("utf-8", errors="replace")
+        except OSError:
+            return ""
         return "\n".join(text.strip().splitlines()[-lines:])
 
 
@@ -78,6 +91,7 @@ def run(
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call into a loaded library, no lock taken
         )
     with _running_lock:
         _running.add(process)
@@ -94,6 +108,15 @@ def run(
     return Finished(tuple(argv), process.returncode, timed_out, time.monotonic() - begun, log)
 
 
+def _die_with_parent() -> None:
+    """In the child, before exec: be killed when the one who started it dies, `kill -9` included (Linux, prctl(2)).
+
+    One call into a library that is loaded already: safe between fork and exec, also of a process with threads.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def kill_all() -> None:
     """Kill every process group that is still running: the build was interrupted."""
     with _running_lock:
@@ -101,10 +124,15 @@ def kill_all() -> None:
             _kill_group(process, wait=False)
 
 
-def _kill_group(process: subprocess.Popen[bytes], *, wait: bool = True) -> None:
+def _signal_name(number: int) -> str:
     try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name of its own
+        return f"signal {number}"
+
+
+def _kill_group(process: subprocess.Popen[bytes], *, wait: bool = True) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is gone already
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # the group is gone already
     if wait:
         process.wait()

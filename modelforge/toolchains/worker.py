@@ -65,5 +65,7 @@ def _read(answer_file: Path) -> dict[str, Any] | None:
 
 
 def _revive(fault: Mapping[str, Any], what: str) -> errors.ModelForgeError:
-    kind = getattr(errors, str(fault.get("type")), errors.BuildError)
-    return kind(f"{what}: {fault['what']}", where=fault.get("where"), fix=fault.get("fix"))  # type: ignore[no-any-return]  # by name, from errors.py
+    kind = getattr(errors, str(fault.get("type")), None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.ModelForgeError)):
+        kind = errors.BuildError
+    return kind(f"{what}: {fault['what']}", where=fault.get("where"), fix=fault.get("fix"))

@@ -1,0 +1,91 @@
+"""`modelforge plan`: what a build would do."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelforge.cli.console import Console
+
+if TYPE_CHECKING:
+    from modelforge.forge.plan import Plan, VariantPlan
+    from modelforge.store import Store
+
+DESCRIPTION = "Show what a build would do: which steps run and which are in the cache already. Writes nothing."
+EXAMPLE = "modelforge plan recipes/digits"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a folder with recipe.toml, or a TOML file")
+    parser.add_argument("--target", action="append", default=[], metavar="TAG", help="only this target (repeatable)")
+    parser.add_argument(
+        "--allow-deferred", action="store_true", help="defer a target whose toolchain is missing instead of refusing it"
+    )
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from modelforge.forge.plan import make_plan
+    from modelforge.store import Store
+
+    plan = make_plan(args.recipe, tags=args.target, allow_deferred=args.allow_deferred)
+    store = Store()
+    console.result(_document(plan, store))
+    if console.json:
+        return 0
+    console.text(f"{plan.recipe.name} {plan.recipe.version}: {plan.intake.count} samples judge each variant\n")
+    console.table(
+        ["target", "compiler", "precision", "evidence", "will be", "why"], [_row(variant) for variant in plan.variants]
+    )
+    console.text("")
+    console.table(
+        ["step", "key", "state"],
+        [[step.title, step.key[:12], "cached" if store.read(step.key) else "to run"] for step in plan.steps()],
+    )
+    for note in dict.fromkeys(note for variant in plan.variants for note in variant.notes):
+        console.note(f"note: {note}")
+    return 0
+
+
+def _row(variant: VariantPlan) -> list[str]:
+    tried = [rung.precision for rung in variant.rungs]
+    reasons = [variant.reason] if variant.reason else []
+    reasons += [f"{entry['precision']}: {entry['reason']}" for entry in variant.refused]
+    return [
+        variant.target.tag,
+        variant.compiler or "-",
+        ", then ".join(tried) or "-",
+        variant.rungs[0].evidence if variant.rungs else "-",
+        variant.outcome,
+        "; ".join(reasons),
+    ]
+
+
+def _document(plan: Plan, store: Store) -> dict[str, Any]:
+    return {
+        "name": plan.recipe.name,
+        "version": plan.recipe.version,
+        "samples": plan.intake.count,
+        "variants": [
+            {
+                "target": variant.target.tag,
+                "stage": variant.stage,
+                "required": variant.required,
+                "compiler": variant.compiler,
+                "toolchain": dict(variant.toolchain or {}),
+                "outcome": variant.outcome,
+                "reason": variant.reason,
+                "rungs": [
+                    {"precision": rung.precision, "evidence": rung.evidence, "steps": [step.key for step in rung.steps]}
+                    for rung in variant.rungs
+                ],
+                "refused": [dict(entry) for entry in variant.refused],
+                "notes": list(variant.notes),
+            }
+            for variant in plan.variants
+        ],
+        "steps": [
+            {"key": step.key, "step": step.name, "title": step.title, "cached": store.read(step.key) is not None}
+            for step in plan.steps()
+        ],
+    }

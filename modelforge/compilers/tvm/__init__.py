@@ -1,0 +1,161 @@
+"""TVM: native code for CPUs, x86-64 and aarch64, cross-compiled, with its own small runner.
+
+Imports nothing heavy: TVM is seen only by ``api.py``, in a child process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
+from modelforge.compilers.tvm import preflight, run, runtime
+from modelforge.compilers.tvm.signature import FILE_NAME, HEADER
+from modelforge.errors import BuildError, ToolchainMissing, UnsupportedError
+from modelforge.graph.facts import ModelFacts
+from modelforge.recipe import Dim
+from modelforge.store import Store
+from modelforge.target import CpuArchitecture, Target
+from modelforge.toolchains import linker, worker
+
+ARTIFACT = "main.so"
+_TRIPLE = {"x86-64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
+# ELF's e_machine (System V ABI, gABI chapter 4): bytes 18 and 19, little endian.
+_ELF_MACHINE = {"x86-64": 62, "aarch64": 183}
+
+
+@dataclass(frozen=True)
+class TvmCompiler:
+    """Apache TVM behind :class:`modelforge.compilers.protocol.Compiler`."""
+
+    name: str = "tvm"
+    title: str = "Apache TVM"
+    dialect: str = "tvm"
+    code_version: str = "1"
+
+    def probe(self) -> Toolchain | Missing:
+        try:
+            pair = runtime.installed_pair()
+        except ToolchainMissing as error:
+            return Missing(reason=error.what, fix=error.fix or "")
+        linkers = {isa: tool.name for isa in _TRIPLE if (tool := linker.find(isa)) is not None}
+        versions = {**pair, **{f"linker-{isa}": name for isa, name in linkers.items()}}
+        return Toolchain(versions=versions, warnings=tuple(_warnings(pair, linkers)))
+
+    def supports(
+        self,
+        facts: ModelFacts,
+        target: Target,
+        precision: str,
+        inputs: Mapping[str, tuple[int | str, ...]],
+        dims: Mapping[str, Dim],
+    ) -> list[Refusal]:
+        return preflight.refusals(facts, target, precision, inputs, dims)
+
+    def compile(self, job: CompileJob) -> Compiled:
+        arch = job.target.arch
+        if not isinstance(arch, CpuArchitecture):
+            raise UnsupportedError(f"TVM compiles for CPUs here, {job.target.tag} is none")
+        request = {
+            "model": str(job.model),
+            "folder": str(job.workdir / "tvm"),
+            "inputs": {name: list(shape) for name, shape in job.inputs.items()},
+            "symbol": preflight.batch_symbol(job.inputs),
+            "batches": list(preflight.gears(job.dims, job.inputs)),
+            "machine": _machine(arch),
+        }
+        answer = worker.call(
+            "modelforge.compilers.tvm.worker:compile_model",
+            request,
+            workdir=job.workdir,
+            timeout=job.timeout,
+            what=f"TVM, compiling for {job.target.tag}",
+        )
+        library, link_command = _link(arch.isa, answer, job.workdir / "link")
+        device = runtime.device_files(arch.isa, Store(), job.workdir / "device")
+        return Compiled(
+            artifact=ARTIFACT,
+            files={ARTIFACT: library, **device.files},
+            commands=(_compile_command(request), link_command, *device.commands),
+            requires=_requires(arch),
+            notes=("run it with: ./run -o OUTPUTS main.so NAME=FILE.npy (./run --describe main.so names its inputs)",),
+            report={
+                "signature": answer["signature"],
+                "kernels": answer["kernels"],
+                "scheduled": answer["scheduled"],
+                "entries": request["batches"],
+            },
+        )
+
+    def runner(self, target: Target) -> str | None:
+        where = run.place(target)
+        return where.evidence if where else None
+
+    def runner_hint(self, target: Target) -> str:
+        return run.hint(target)
+
+    def run(self, job: RunJob) -> Ran:
+        return run.run(job)
+
+
+def _warnings(pair: Mapping[str, str], linkers: Mapping[str, str]) -> list[str]:
+    found = []
+    pinned = {"apache-tvm": runtime.TVM_VERSION, "apache-tvm-ffi": runtime.FFI_VERSION}
+    if dict(pair) != pinned:
+        here = " with ".join(f"{package} {version}" for package, version in pair.items())
+        wanted = " ".join(f"{package}=={version}" for package, version in pinned.items())
+        found.append(f"{here} is not the pair that was tested; others crash: pip install {wanted}")
+    found += [
+        f"nothing here links for {isa}: pip install 'modelforge[build]' (it brings ziglang)"
+        for isa in _TRIPLE
+        if isa not in linkers
+    ]
+    if any(not name.startswith("ziglang") for name in linkers.values()):
+        found.append("linked with this machine's own compiler: other machines may give other bytes; pip install ziglang")
+    return found
+
+
+def _machine(arch: CpuArchitecture) -> dict[str, Any]:
+    return {
+        "triple": _TRIPLE[arch.isa],
+        "mcpu": arch.mcpu,
+        "mattr": list(arch.mattr),
+        "cores": arch.cores,
+        "vector_bits": arch.vector_bits,
+    }
+
+
+def _link(isa: str, answer: Mapping[str, Any], folder: Path) -> tuple[Path, tuple[str, ...]]:
+    folder.mkdir()
+    signature = folder / FILE_NAME
+    signature.write_text(answer["signature"], encoding="utf-8")
+    library = folder / ARTIFACT
+    objects = [Path(path) for path in answer["objects"]]
+    command = linker.link_shared(isa, objects, library, embed=signature, workdir=folder)
+    _read_back(library, isa)
+    return library, command
+
+
+def _read_back(library: Path, isa: str) -> None:
+    """A library for the right machine that describes itself, or an error."""
+    data = library.read_bytes()
+    machine = int.from_bytes(data[18:20], "little")
+    if data[:4] != b"\x7fELF" or machine != _ELF_MACHINE[isa] or HEADER.encode() not in data:
+        raise BuildError(f"what the linker made is not a model library for {isa}", where=library.name)
+
+
+def _compile_command(request: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the worker did, as the target that TVM was given."""
+    machine = request["machine"]
+    attributes = [f"-mattr={','.join(machine['mattr'])}"] if machine["mattr"] else []
+    return ("tvm.compile", "llvm", f"-mtriple={machine['triple']}", f"-mcpu={machine['mcpu']}", *attributes)
+
+
+def _requires(arch: CpuArchitecture) -> str:
+    flags = f" with {', '.join(arch.cpuinfo)}" if arch.cpuinfo else ""
+    return (
+        f"Linux on {arch.isa} ({arch.mcpu}{flags}), glibc {linker.GLIBC} or newer, "
+        "libstdc++ with GLIBCXX_3.4.22 (GCC 6 or newer), libgcc_s"
+    )

@@ -1,0 +1,204 @@
+"""The only module that imports TVM: ONNX in, object files out. Runs in the child process of :mod:`.worker`.
+
+TVM renames its interface from release to release; all that must follow is here. Written for 0.27.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import tvm
+from tvm import relax
+from tvm.relax.frontend.onnx import from_onnx
+from tvm.s_tir import Schedule
+
+from modelforge.compilers.tvm import schedule
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What code is generated for, in LLVM's words."""
+
+    triple: str
+    mcpu: str
+    mattr: tuple[str, ...]
+    cores: int
+    vector_bits: int
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Object files to link, in order, and what became of the functions in them."""
+
+    files: tuple[Path, ...]
+    functions: int
+    scheduled: int
+
+
+def import_entries(models: Mapping[str, Path]) -> Any:
+    """One IRModule with a Relax function per entry: ``models`` maps function names to models of fixed shape."""
+    merged = tvm.IRModule()
+    for function, path in models.items():
+        model = onnx.load(path)
+        module = from_onnx(model, shape_dict=_shapes(model), dtype_dict=_dtypes(model), keep_params_in_input=False)
+        module = relax.transform.DecomposeOpsForInference()(module)
+        merged.update(_renamed(module, function))
+    return merged
+
+
+def _renamed(module: Any, function: str) -> Any:
+    """The same module, with ``main`` called ``function``. The importer gives the kernels of every model the same
+    names, whatever their shapes: they get a name of their own too."""
+    names = {
+        name: tvm.ir.GlobalVar(function if name.name_hint == "main" else f"{name.name_hint}_{function}")
+        for name in module.get_global_vars()
+    }
+    for old, new in names.items():
+        relax.expr._update_type(new, old.ty)
+    result = tvm.IRModule()
+    for name, body in module.functions_items():
+        if isinstance(body, relax.Function):
+            body = _Rename(names).visit_expr(body)
+        if body.attrs and "global_symbol" in body.attrs:
+            body = body.with_attr("global_symbol", names[name].name_hint)
+        result[names[name]] = body
+    return result
+
+
+@relax.expr_functor.mutator
+class _Rename(relax.PyExprMutator):  # type: ignore[misc]  # TVM ships no types
+    def __init__(self, names: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._names = names
+
+    def visit_global_var_(self, op: Any) -> Any:
+        return self._names.get(op, op)
+
+
+def build(module: Any, machine: Machine, folder: Path) -> Objects:
+    """Lower, schedule and generate code; the object files go into ``folder``."""
+    target = tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": machine.triple,
+            "mcpu": machine.mcpu,
+            "mattr": list(machine.mattr),
+            "num-cores": machine.cores,
+        }
+    )
+    with target:
+        module = _lower(module)
+    module, scheduled, functions = _schedule(module, machine)
+    executable = tvm.compile(module, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    collected: list[Path] = []
+
+    def collect(_: str, files: Sequence[str], **__: Any) -> None:
+        for file in files:
+            collected.append(Path(shutil.copy(file, folder / Path(file).name)))
+
+    executable.export_library(str(folder / "unlinked.so"), fcompile=collect, workspace_dir=str(scratch))
+    shutil.rmtree(scratch)
+    return Objects(tuple(collected), functions, scheduled)
+
+
+def _lower(module: Any) -> Any:
+    entries = [name.name_hint for name, function in module.functions_items() if isinstance(function, relax.Function)]
+    passes = [
+        relax.transform.FoldConstant(),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(entries),
+    ]
+    return tvm.transform.Sequential(passes)(module)
+
+
+def _schedule(module: Any, machine: Machine) -> tuple[Any, int, int]:
+    """Schedule each kernel; one that a rule cannot have stays as it is: slow, and right."""
+    scheduled = functions = 0
+    lanes = machine.vector_bits // 32
+    for name, function in list(module.functions_items()):
+        if not isinstance(function, tvm.tirx.PrimFunc):
+            continue
+        functions += 1
+        try:
+            result = schedule.apply(Schedule(function), lanes, machine.cores)
+        except Exception:  # whatever a schedule primitive refuses, the unscheduled kernel is right, only slow
+            continue
+        module[name] = result.with_attrs(dict(function.attrs.items())) if function.attrs else result
+        scheduled += 1
+    return module, scheduled, functions
+
+
+def _shapes(model: Any) -> dict[str, list[int]]:
+    return {
+        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in _true_inputs(model.graph)
+    }
+
+
+def _dtypes(model: Any) -> dict[str, str]:
+    return {value.name: dtype_name(value) for value in _true_inputs(model.graph)}
+
+
+def _true_inputs(graph: Any) -> list[Any]:
+    constants = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in constants]
+
+
+def dtype_name(value: Any) -> str:
+    """NumPy's name for the element type of a graph input or output."""
+    return str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name)
+
+
+def tensors(path: Path) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tuple[str, str]]]:
+    """The inputs (name, dtype, shape) and outputs (name, dtype) of a model of fixed shape."""
+    model = onnx.load(path, load_external_data=False)
+    shapes = _shapes(model)
+    inputs = [(value.name, dtype_name(value), tuple(shapes[value.name])) for value in _true_inputs(model.graph)]
+    return inputs, [(value.name, dtype_name(value)) for value in model.graph.output]
+
+
+def output_shapes(module: Any, function: str) -> list[tuple[int, ...]]:
+    """The shapes that TVM inferred for the outputs of an entry.
+
+    Raises:
+        ValueError: one depends on the data.
+    """
+    result = module[function].ret_ty
+    fields = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    shapes: list[tuple[int, ...]] = []
+    for field in fields:
+        if field.shape is None or any(not isinstance(size, tvm.tirx.IntImm) for size in field.shape):
+            raise ValueError("the shape of an output depends on the data")
+        shapes.append(tuple(int(size) for size in field.shape))
+    return shapes
+
+
+def failing_node(error: BaseException) -> str | None:
+    """Which ONNX node the importer was at when it raised: it does not say so itself, its frames do."""
+    trace = error.__traceback__
+    found = None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "_construct_nodes":
+            node = trace.tb_frame.f_locals.get("node")
+            if node is not None:
+                found = f"node {node.name or node.output[0]} ({node.op_type})"
+        trace = trace.tb_next
+    return found
+
+
+def importable_ops() -> list[str]:
+    """The ONNX operators that the importer maps."""
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    return sorted(onnx_frontend._get_convert_map())

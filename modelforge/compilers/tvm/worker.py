@@ -1,0 +1,95 @@
+"""What runs in the child process: a lowered model in, object files and a signature out."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modelforge.compilers.tvm import api
+from modelforge.compilers.tvm.signature import Entry, Signature, Tensor, merge_shapes
+from modelforge.errors import BuildError, ModelForgeError, UnsupportedError
+from modelforge.graph.specialize import specialize
+
+
+def compile_model(request: dict[str, Any]) -> dict[str, Any]:
+    """Compile one model for one machine.
+
+    The request holds ``model`` (path), ``folder`` (for the object files), ``inputs`` (shape by name), ``symbol``
+    (the one that stands for the batch in them, or None), ``batches`` (an entry is made for each; ``[1]`` without a
+    symbol) and ``machine`` (the fields of :class:`api.Machine`).
+
+    The answer holds ``objects`` (paths, in the order to link), ``signature`` (a text), ``kernels`` and
+    ``scheduled``.
+    """
+    folder = Path(request["folder"])
+    batches: list[int] = sorted(request["batches"])
+    models = _fixed_models(Path(request["model"]), folder, request["symbol"], batches)
+    module = _import(models)
+    signature = _signature(module, models, request, batches)
+    machine = api.Machine(**{**request["machine"], "mattr": tuple(request["machine"]["mattr"])})
+    try:
+        objects = api.build(module, machine, folder / "objects")
+    except Exception as error:  # TVM raises many types, none of them promised; the trace goes to the log
+        traceback.print_exc()
+        raise BuildError(f"generating code failed: {type(error).__name__}: {_first_line(error)}") from error
+    return {
+        "objects": [str(path) for path in objects.files],
+        "signature": signature.text(),
+        "kernels": objects.functions,
+        "scheduled": objects.scheduled,
+    }
+
+
+def _fixed_models(model: Path, folder: Path, symbol: str | None, batches: list[int]) -> dict[str, Path]:
+    """A model of fixed shape per entry: the importer folds shapes only where they are numbers."""
+    models: dict[str, Path] = {}
+    for batch in batches:
+        own = folder / f"batch-{batch}"
+        own.mkdir(parents=True)
+        models[f"main_b{batch}"] = specialize(model, own, {symbol: batch} if symbol else {})
+    return models
+
+
+def _import(models: Mapping[str, Path]) -> Any:
+    try:
+        return api.import_entries(models)
+    except ModelForgeError:
+        raise
+    except Exception as error:  # the importer raises OpNotImplemented, TypeError, ValueError, InternalError ...
+        traceback.print_exc()
+        raise UnsupportedError(
+            f"TVM's importer cannot have it: {type(error).__name__}: {_first_line(error)}",
+            where=api.failing_node(error),
+            fix="give the model fixed shapes and opset 13 to 18, or leave this operator out of the compiled stage",
+        ) from error
+
+
+def _signature(module: Any, models: Mapping[str, Path], request: Mapping[str, Any], batches: list[int]) -> Signature:
+    symbol = request["symbol"]
+    inputs, outputs = api.tensors(next(iter(models.values())))
+    found = [api.output_shapes(module, function) for function in models]
+    described = []
+    for position, (name, dtype) in enumerate(outputs):
+        shapes = [shapes[position] for shapes in found]
+        try:
+            described.append(Tensor(name, dtype, merge_shapes(shapes, batches) if symbol else shapes[0]))
+        except ValueError as error:
+            raise UnsupportedError(
+                f"an output does not have the batch as its leading dimension, and only there: {error}",
+                where=f"output {name}",
+                fix="compile for a fixed batch: write an integer there under [inputs]",
+            ) from error
+    return Signature(
+        inputs=tuple(
+            Tensor(name, dtype, ("*", *shape[1:]) if symbol and symbol in request["inputs"][name] else shape)
+            for name, dtype, shape in inputs
+        ),
+        outputs=tuple(described),
+        entries=tuple(Entry(batch, function) for batch, function in zip(batches, models, strict=True)),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,117 @@
+"""The whole way: plan, run, package. What the `build` command calls, and what another program would call."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelforge.bundle.layout import write_bundle
+from modelforge.bundle.read import open_bundle
+from modelforge.errors import AccuracyError, BuildError, InputError, ModelForgeError, ToolchainMissing
+from modelforge.forge.package import bundle_content, variant_record
+from modelforge.forge.plan import make_plan
+from modelforge.forge.run import Reporter, VariantResult, run_plan
+from modelforge.store import Store
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build gives.
+
+    Attributes:
+        document: what ``inspect --json`` prints of the bundle; without a bundle, ``digest`` and ``path`` are None.
+        path: the bundle; None where a required target failed, as such a release must not be picked up by anyone.
+        seconds: by (target, stage), what its own steps took when they ran.
+        error: why the build as a whole did not succeed.
+    """
+
+    document: Mapping[str, Any]
+    path: Path | None
+    digest: str | None
+    unchanged: bool
+    seconds: Mapping[tuple[str, str], float]
+    notes: tuple[str, ...]
+    error: ModelForgeError | None
+
+
+def build(
+    recipe: Path,
+    *,
+    output: Path,
+    reporter: Reporter,
+    tags: Sequence[str] = (),
+    jobs: int = 1,
+    force: bool = False,
+    allow_deferred: bool = False,
+    store: Store | None = None,
+) -> Outcome:
+    """Build a bundle.
+
+    Raises:
+        InputError, ToolchainMissing: at plan time, before anything is written.
+        ModelForgeError: where what all targets share fails. A target's own failure is in ``Outcome.error``.
+    """
+    store = store or Store()
+    plan = make_plan(recipe, tags=tags, allow_deferred=allow_deferred)
+    destination = output / f"{plan.recipe.name}-{plan.recipe.version}"
+    _check_output(output)
+    built = run_plan(plan, store, reporter, jobs=jobs)
+    seconds = {(result.plan.target.tag, result.plan.stage): result.seconds for result in built.variants}
+    notes = tuple(dict.fromkeys(note for result in built.variants for note in result.plan.notes))
+    error = _error(built.variants, allow_deferred)
+    if error is not None:
+        records = [variant_record(result, built, store).to_json() for result in built.variants]
+        document = {
+            "name": plan.recipe.name, "version": plan.recipe.version, "digest": None, "path": None, "variants": records,
+            "error": _fault(error),
+        }  # fmt: skip
+        error.reported = True
+        return Outcome(document, None, None, False, seconds, notes, error)
+    written = write_bundle(destination, bundle_content(built, store), force=force)
+    summary = open_bundle(destination).summary()
+    return Outcome(summary, destination, written.digest, written.unchanged, seconds, notes, None)
+
+
+def _check_output(output: Path) -> None:
+    """Tell before an hour of compiling that the bundle could not be written after it."""
+    folder = output
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError("this is a file, not a folder", where=str(folder), fix="give another folder with -o")
+    if not os.access(folder, os.W_OK | os.X_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise InputError("the output folder cannot be written", where=str(folder), fix="give another folder with -o")
+    if shutil.disk_usage(folder).free < 1 << 16:
+        raise InputError("the disk of the output folder is full", where=str(folder), fix="free some space, or use -o")
+
+
+def _error(variants: Sequence[VariantResult], allow_deferred: bool) -> ModelForgeError | None:
+    """Why the build is no success. A required target that was skipped, deferred or failed never passes for one."""
+    for result in (each for each in variants if each.plan.required):
+        tag = result.plan.target.tag
+        if result.status == "failed" and result.gate_failed:
+            last = next(entry for entry in reversed(result.ladder) if entry["gate"] == "failed")
+            return AccuracyError(
+                f"the accuracy gate was not met at any rung; {last['precision']}: {last['reason']}",
+                where=f"target {tag}",
+                fix="add a higher precision to its ladder, or change [accuracy] knowingly; no bundle was written",
+            )
+        if result.status == "failed":
+            error = result.error or BuildError("it failed", where=f"target {tag}")
+            return type(error)(
+                error.what, where=f"target {tag}" + (f": {error.where}" if error.where else ""), fix=error.fix
+            )
+        if result.status == "skipped" or (result.status == "deferred" and not allow_deferred):
+            return ToolchainMissing(result.plan.reason, where=f"target {tag}", fix="`modelforge doctor` tells more")
+    return None
+
+
+def _fault(error: ModelForgeError) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__, "what": error.what, "where": error.where, "fix": error.fix,
+        "exit_code": error.exit_code,
+    }  # fmt: skip

@@ -1,0 +1,98 @@
+"""Which compiler serves a target, and which rungs of its ladder it accepts. Reads nothing but what `probe` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modelforge.compilers import compiler_names, get_compiler
+from modelforge.compilers.protocol import Compiler, Missing, Refusal, Toolchain
+from modelforge.errors import ToolchainMissing, UnsupportedError, nearest
+from modelforge.forge.intake import Intake
+from modelforge.recipe import TargetSection
+from modelforge.target import Target
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A compiler for a target.
+
+    Attributes:
+        toolchain: what it found installed; None where it is missing, and ``missing`` says how to get it.
+        accepted: precisions, best first; never empty.
+        refused: ladder entries of the variant record, with the reason.
+    """
+
+    compiler: Compiler
+    toolchain: Toolchain | None
+    missing: Missing | None
+    accepted: tuple[str, ...]
+    refused: tuple[Mapping[str, Any], ...]
+
+
+def choose(intake: Intake, section: TargetSection, target: Target, where: str) -> Choice:
+    """The first compiler, in the profile's order, that is here and can have the model at some rung of the ladder.
+
+    One that is not installed is taken only if no other serves.
+
+    Raises:
+        ToolchainMissing: none of the profile's compilers is built into this version.
+        UnsupportedError: those that are refuse the model at every rung.
+    """
+    built = _built(section, target, where)
+    absent: Choice | None = None
+    reasons: list[str] = []
+    fixes: list[str] = []
+    for name in built:
+        compiler = get_compiler(name)
+        accepted: list[str] = []
+        refused: list[dict[str, Any]] = []
+        for precision in section.precision:
+            refusals = _refusals(intake, target, compiler, precision)
+            if not refusals:
+                accepted.append(precision)
+                continue
+            refused.append({"precision": precision, "gate": "none", "reason": refusals[0].what})
+            reasons.append(f"{compiler.title}, {precision}: {refusals[0].what}")
+            fixes.append(refusals[0].fix)
+        if accepted:
+            found = compiler.probe()
+            if isinstance(found, Toolchain):
+                return Choice(compiler, found, None, tuple(accepted), tuple(refused))
+            absent = absent or Choice(compiler, None, found, tuple(accepted), tuple(refused))
+    if absent is not None:
+        return absent
+    raise UnsupportedError(
+        f'target "{target.tag}" cannot have this model: ' + "; ".join(dict.fromkeys(reasons)),
+        where=where,
+        fix=next((fix for fix in fixes if fix), None),
+    )
+
+
+def _built(section: TargetSection, target: Target, where: str) -> list[str]:
+    if section.compiler is not None and section.compiler not in compiler_names():
+        what = f'there is no compiler "{section.compiler}"; {nearest(section.compiler, compiler_names())}'
+        raise UnsupportedError(what, where=where)
+    if section.compiler is not None and section.compiler not in target.compilers:
+        known = ", ".join(target.compilers)
+        what = f'the compiler "{section.compiler}" does not serve target "{target.tag}"; it has: {known}'
+        raise UnsupportedError(what, where=where)
+    built = [name for name in target.compilers if name in compiler_names()]
+    if not built:
+        raise ToolchainMissing(
+            f'no compiler for target "{target.tag}" is built into this version ({", ".join(target.compilers)})',
+            where=where,
+            fix="leave the target out, or mark it `required = false`; `modelforge targets` shows what is built",
+        )
+    return [section.compiler] if section.compiler else built
+
+
+def _refusals(intake: Intake, target: Target, compiler: Compiler, precision: str) -> list[Refusal]:
+    if precision in ("int8", "mixed"):
+        what = f"{precision} quantization is not built into this version"
+        return [Refusal("not-built", what, 'use "fp16" or "fp32" for now')]
+    if precision not in target.precisions:
+        what = f"{target.title} has no hardware support for {precision}"
+        return [Refusal("hardware", what, f"its precisions: {', '.join(target.precisions)}")]
+    return compiler.supports(intake.facts, target, precision, intake.inputs, intake.recipe.dims)

@@ -1,0 +1,87 @@
+"""Runs the golden samples of a bundle's variants again, on what this machine has. Integrity is checked before."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelforge.bundle.read import Bundle, Variant
+from modelforge.compilers import compiler_names, get_compiler
+from modelforge.compilers.protocol import RunJob, Toolchain
+from modelforge.errors import ModelForgeError
+from modelforge.target import Registry
+from modelforge.toolchains import worker
+
+TIMEOUT = 600.0
+
+
+@dataclass(frozen=True)
+class GoldenResult:
+    """What the golden samples of one variant gave.
+
+    Attributes:
+        outcome: ``passed``, ``failed``, or ``not run`` with the reason.
+        figures: accuracy figures on the golden samples, where they ran.
+    """
+
+    target: str
+    stage: str
+    outcome: str
+    evidence: str
+    reason: str
+    figures: dict[str, Any]
+
+
+def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
+    """Run one variant's golden samples here, the best way there is. Call after ``verify_integrity``."""
+    record = variant.record
+    tag = record.target
+
+    def not_run(reason: str) -> GoldenResult:
+        return GoldenResult(tag, record.stage, "not run", "none", reason, {})
+
+    if record.status != "compiled" or record.artifact is None or record.compiler is None or record.precision is None:
+        return not_run(f"it is {record.status}")
+    if record.compiler not in compiler_names():
+        return not_run(f'this ModelForge has no "{record.compiler}"')
+    compiler = get_compiler(record.compiler)
+    found = compiler.probe()
+    if not isinstance(found, Toolchain):
+        return not_run(f"{found.reason}; {found.fix}")
+    target = Registry().get(tag, where=str(bundle.path))
+    evidence = compiler.runner(target)
+    if evidence is None:
+        return not_run(compiler.runner_hint(target) or "it cannot run on this machine")
+    workdir = Path(tempfile.mkdtemp(prefix="modelforge-verify-"))
+    try:
+        outputs = workdir / "outputs.npz"
+        (workdir / "run").mkdir()
+        job = RunJob(
+            files={name: bundle.file(variant, name) for name in variant.files},
+            artifact=record.artifact.file,
+            target=target,
+            inputs=bundle.file(variant, "golden-inputs.npz"),
+            batch=1,  # any variant takes single samples, or pads to its smallest size
+            outputs=outputs,
+            workdir=workdir / "run",
+            timeout=TIMEOUT,
+        )
+        ran = compiler.run(job)
+        request = {
+            "reference": str(bundle.file(variant, "golden-outputs.npz")),
+            "value": str(outputs),
+            "precision": record.precision,
+        }
+        figures = worker.call(
+            "modelforge.forge.worker:compare_golden", request, workdir=workdir / "judge", timeout=TIMEOUT,
+            what=f"comparing the golden samples of {tag}",
+        )  # fmt: skip
+    except ModelForgeError as error:
+        return GoldenResult(tag, record.stage, "failed", evidence, str(error), {})
+    finally:
+        shutil.rmtree(workdir, ignore_errors=True)
+    outcome = "failed" if figures["reasons"] else "passed"
+    return GoldenResult(tag, record.stage, outcome, ran.evidence, "; ".join(figures["reasons"]), figures)

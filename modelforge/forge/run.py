@@ -1,0 +1,195 @@
+"""The executor: runs the steps of a plan that the store does not have, in parallel, and walks each target's ladder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from modelforge.errors import BuildError, ModelForgeError
+from modelforge.forge.plan import Plan, RungPlan, VariantPlan
+from modelforge.forge.step import Source, Step, execute
+from modelforge.store import StepRecord, Store
+from modelforge.toolchains import process
+
+
+class Reporter(Protocol):
+    """Who is told what happens; called from several threads."""
+
+    def started(self, step: Step) -> None: ...
+
+    def finished(self, step: Step, record: StepRecord, cached: bool) -> None: ...
+
+    def failed(self, step: Step, error: BaseException) -> None: ...
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One rung that was tried to its end."""
+
+    plan: RungPlan
+    lower: StepRecord
+    compile: StepRecord | None
+    verify: StepRecord
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.verify.facts["accuracy"]["gate"] == "passed")
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What became of one target.
+
+    Attributes:
+        ladder: one entry a rung, as the variant record wants it.
+        chosen: the rung that passed its gate; None where there is none.
+        error: why there is none, where it failed.
+        seconds: what its own steps took when they ran (not what a cache hit takes).
+    """
+
+    plan: VariantPlan
+    status: Literal["compiled", "deferred", "failed", "skipped"]
+    ladder: tuple[Mapping[str, Any], ...]
+    chosen: RungResult | None = None
+    error: ModelForgeError | None = None
+    gate_failed: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run gives: one result a target, and the records that serve them all."""
+
+    plan: Plan
+    model: StepRecord
+    prepare: StepRecord
+    baseline: StepRecord
+    variants: tuple[VariantResult, ...]
+
+
+@dataclass
+class _Runner:
+    """Obtains step records, each step once, however many variants ask for it."""
+
+    store: Store
+    executor: Executor
+    reporter: Reporter
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _futures: dict[str, Future[StepRecord]] = field(default_factory=dict)
+
+    def obtain(self, need: Step | Source) -> StepRecord:
+        """The record of a step, run now if it must be. Blocks."""
+        if isinstance(need, Source):
+            return need.bring_in(self.store)
+        with self._lock:
+            future = self._futures.get(need.key)
+            mine = future is None
+            if future is None:
+                future = self._futures[need.key] = Future()
+        if not mine:
+            return future.result()
+        try:
+            future.set_result(self._run(need))
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        return future.result()
+
+    def _run(self, step: Step) -> StepRecord:
+        if found := self.store.read(step.key):
+            self.store.touch(step.key)
+            self.reporter.finished(step, found, True)
+            return found
+        for need in step.needs.values():
+            self.obtain(need)
+        self.reporter.started(step)
+        try:
+            record = self.executor.submit(execute, step.task(), str(self.store.home)).result()
+        except BaseException as error:
+            self.reporter.failed(step, error)
+            raise
+        self.reporter.finished(step, record, False)
+        return record
+
+
+def run_plan(plan: Plan, store: Store, reporter: Reporter, *, jobs: int, executor: Executor | None = None) -> Built:
+    """Run a plan.
+
+    Args:
+        jobs: how many steps run at once.
+        executor: where steps run; threads of this process by default, which start child processes themselves. Tasks
+            can be pickled: any executor of the ``concurrent.futures`` shape that sees the same store will do.
+
+    Raises:
+        ModelForgeError: what fails before the targets part: bringing in the inputs, preparing, the baseline.
+    """
+    store.sweep()
+    with (
+        executor or ThreadPoolExecutor(jobs, thread_name_prefix="step") as steps,
+        # Drivers only wait: one for each variant, so that none ever holds up another.
+        ThreadPoolExecutor(max(2, len(plan.variants)), thread_name_prefix="variant") as drivers,
+    ):
+        runner = _Runner(store, steps, reporter)
+        try:
+            sources = [runner.obtain(source) for source in plan.intake.sources]
+            # The baseline comes first: nothing is compiled for a model that is wrong on the user's own data.
+            prepared = drivers.submit(runner.obtain, plan.prepare)
+            baseline = drivers.submit(runner.obtain, plan.baseline)
+            for future in (prepared, baseline):
+                future.result()
+            results = [drivers.submit(_build_variant, runner, variant) for variant in plan.variants]
+            variants = tuple(future.result() for future in results)
+        except BaseException:
+            process.kill_all()
+            steps.shutdown(wait=False, cancel_futures=True)
+            drivers.shutdown(wait=False, cancel_futures=True)
+            raise
+    return Built(plan, sources[0], prepared.result(), baseline.result(), variants)
+
+
+def _build_variant(runner: _Runner, variant: VariantPlan) -> VariantResult:
+    ladder: list[Mapping[str, Any]] = list(variant.refused)
+    if variant.outcome == "skipped":
+        return VariantResult(variant, "skipped", tuple(ladder))
+    error: ModelForgeError | None = None
+    gate_failed = False
+    seconds = 0.0
+    for rung in variant.rungs:
+        try:
+            result = _build_rung(runner, rung)
+        except ModelForgeError as caught:
+            error = caught
+            ladder.append({"precision": rung.precision, "gate": "none", "reason": _sentence(caught)})
+            continue
+        seconds += result.verify.seconds + (result.compile.seconds if result.compile else 0.0)
+        ladder.append(_ladder_entry(result))
+        if result.passed:
+            status: Literal["compiled", "deferred"] = "compiled" if result.compile else "deferred"
+            return VariantResult(variant, status, _ordered(ladder, variant), result, seconds=seconds)
+        gate_failed = True
+    error = error or BuildError(f"no rung of the ladder {list(variant.ladder)} met its gate", where=variant.target.tag)
+    return VariantResult(variant, "failed", _ordered(ladder, variant), None, error, gate_failed, seconds)
+
+
+def _build_rung(runner: _Runner, rung: RungPlan) -> RungResult:
+    lowered = runner.obtain(rung.lower)
+    compiled = runner.obtain(rung.compile) if rung.compile else None
+    return RungResult(rung, lowered, compiled, runner.obtain(rung.verify))
+
+
+def _ladder_entry(result: RungResult) -> dict[str, Any]:
+    accuracy = result.verify.facts["accuracy"]
+    figures = {name: accuracy[name] for name in ("value", "drop", "sqnr_db", "agreement")}
+    entry = {"precision": result.plan.precision, "gate": accuracy["gate"], **figures}
+    return entry if result.passed else {**entry, "reason": "; ".join(accuracy["reasons"])}
+
+
+def _ordered(ladder: list[Mapping[str, Any]], variant: VariantPlan) -> tuple[Mapping[str, Any], ...]:
+    return tuple(sorted(ladder, key=lambda entry: variant.ladder.index(entry["precision"])))
+
+
+def _sentence(error: ModelForgeError) -> str:
+    return error.what if error.where is None else f"{error.where}: {error.what}"

