@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelforge.bundle.read import Bundle, Variant
+from modelforge.bundle.read import Bundle, Variant, export_files
 from modelforge.compilers import compiler_names, get_compiler
 from modelforge.compilers.protocol import RunJob, Toolchain
 from modelforge.errors import ModelForgeError
@@ -59,11 +59,12 @@ def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
     try:
         outputs = workdir / "outputs.npz"
         (workdir / "run").mkdir()
+        files = export_files(bundle, variant, workdir / "files")
         job = RunJob(
-            files={name: bundle.file(variant, name) for name in variant.files},
+            files=files,
             artifact=record.artifact.file,
             target=target,
-            inputs=bundle.file(variant, "golden-inputs.npz"),
+            inputs=files["golden-inputs.npz"],
             batch=1,  # any variant takes single samples, or pads to its smallest size
             outputs=outputs,
             workdir=workdir / "run",
@@ -71,7 +72,7 @@ def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
         )
         ran = compiler.run(job)
         request = {
-            "reference": str(bundle.file(variant, "golden-outputs.npz")),
+            "reference": str(files["golden-outputs.npz"]),
             "value": str(outputs),
             "precision": record.precision,
         }

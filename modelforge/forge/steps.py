@@ -149,7 +149,7 @@ def verify(context: Context) -> Result:
         workdir.mkdir()
         compiled = context.facts("compiled")
         job = RunJob(
-            files=context.files("compiled"),
+            files={name: context.folder("compiled") / name for name in context.files("compiled")},
             artifact=compiled["artifact"],
             target=_target(context),
             inputs=_subset(samples, params["samples"], context),
