@@ -78,4 +78,6 @@ def bench(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Write docs/coverage.md anew: real models through `build` for three targets. Takes long."""
     _install_all(session)
-    session.run("python", "docs/make_coverage.py", *session.posargs, env={"MODELFORGE_HOME": os.path.abspath("build/home")})
+    session.run(
+        "python", "docs/make_coverage.py", *session.posargs, env={"MODELFORGE_HOME": os.path.abspath("build/home")}
+    )

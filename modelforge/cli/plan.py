@@ -42,8 +42,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ["step", "key", "state"],
         [[step.title, step.key[:12], "cached" if store.read(step.key) else "to run"] for step in plan.steps()],
     )
-    for note in dict.fromkeys(note for variant in plan.variants for note in variant.notes):
-        console.note(f"note: {note}")
+    for variant in plan.variants:
+        if variant.hint and variant.rungs[0].evidence == "reference":
+            console.note(f"note: {variant.target.tag} will not be run here; to run it: {variant.hint}")
     return 0
 
 
@@ -80,7 +81,7 @@ def _document(plan: Plan, store: Store) -> dict[str, Any]:
                     for rung in variant.rungs
                 ],
                 "refused": [dict(entry) for entry in variant.refused],
-                "notes": list(variant.notes),
+                "hint": variant.hint,
             }
             for variant in plan.variants
         ],

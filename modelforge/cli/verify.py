@@ -11,8 +11,9 @@ from typing import Any
 
 from modelforge.cli.console import Console, figure, size_text
 
-DESCRIPTION = """Hash every blob of a bundle. Then, where the build extra is installed and a variant can run on this machine,
-run its golden samples and hold the outputs against the recorded FP32 ones. Nothing runs before all digests are right."""
+DESCRIPTION = """Hash every blob of a bundle. Then, where the build extra is installed and a variant can run on this
+machine, run its golden samples and hold the outputs against the recorded FP32 ones. Nothing runs before all digests
+are right."""
 EXAMPLE = "modelforge verify dist/digits-1.0.0"
 
 

@@ -61,7 +61,7 @@ def build(
     _check_output(output)
     built = run_plan(plan, store, reporter, jobs=jobs)
     seconds = {(result.plan.target.tag, result.plan.stage): result.seconds for result in built.variants}
-    notes = tuple(dict.fromkeys(note for result in built.variants for note in result.plan.notes))
+    notes = tuple(_hint(result) for result in built.variants if _hint(result))
     error = _error(built.variants, allow_deferred)
     if error is not None:
         records = [variant_record(result, built, store).to_json() for result in built.variants]
@@ -108,6 +108,16 @@ def _error(variants: Sequence[VariantResult], allow_deferred: bool) -> ModelForg
         if result.status == "skipped" or (result.status == "deferred" and not allow_deferred):
             return ToolchainMissing(result.plan.reason, where=f"target {tag}", fix="`modelforge doctor` tells more")
     return None
+
+
+def _hint(result: VariantResult) -> str:
+    """How to raise the evidence, where the artifact itself was not run."""
+    lower = result.chosen is not None and result.chosen.verify.facts["evidence"] == "reference"
+    return (
+        f"{result.plan.target.tag} was not run here; to run it: {result.plan.hint}"
+        if lower and result.plan.hint
+        else ""
+    )
 
 
 def _fault(error: ModelForgeError) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _MEDIA_TYPES = {".onnx": "application/vnd.onnx", ".npz": "application/x-npz", ".
 def variant_record(result: VariantResult, built: Built, store: Store) -> VariantRecord:
     """The record of one variant, failed and skipped ones included."""
     plan, chosen = result.plan, result.chosen
-    notes = [note for note in (plan.reason, *plan.notes) if note]
+    notes = [plan.reason] if plan.reason else []
     if result.error is not None:
         notes.append(result.error.what)
     data: dict[str, Any] = {
@@ -42,6 +42,8 @@ def variant_record(result: VariantResult, built: Built, store: Store) -> Variant
         data["runtime"] = {"requires": facts["requires"]}
         data["commands"] = tuple(tuple(command) for command in facts["commands"])
         notes = [*facts["notes"], *notes]
+        if chosen.verify.facts["evidence"] == "reference":
+            notes.append("the artifact itself was not run: its lowered model was, in ONNX Runtime")
     notes += chosen.verify.facts["notes"]
     return VariantRecord.model_validate({**data, "notes": tuple(dict.fromkeys(notes))})
 

@@ -48,6 +48,7 @@ class VariantPlan:
         ladder: the recipe's precisions, best first.
         refused: rungs of the ladder that cannot be had, as ladder entries of the variant record.
         reason: why it is deferred or skipped.
+        hint: how its variant could be checked with better evidence than here.
     """
 
     target: Target
@@ -60,7 +61,7 @@ class VariantPlan:
     rungs: tuple[RungPlan, ...] = ()
     refused: tuple[Mapping[str, Any], ...] = ()
     reason: str = ""
-    notes: tuple[str, ...] = ()
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _wanted(steps: _Steps, section: TargetSection, target: Target, choice: Choic
         rungs=tuple(steps.rung(target, compiler, found, precision) for precision in choice.accepted),
         refused=choice.refused,
         reason="" if found else f"{compiler.title} was not installed where this was built",
-        notes=(hint,) if hint else (),
+        hint=hint,
     )
 
 

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 SEED = 20240229
 RELATIVE = 1e-4
-"""Allowed difference relative to the largest reference value of an output: two orders above FP32 rounding in deep nets."""
+"""Allowed difference relative to an output's largest value: two orders above what FP32 rounding does in deep nets."""
 ABSOLUTE = 1e-5
 
 _BATCHES = (2, 1)
@@ -211,9 +211,7 @@ def _declared(value: Any, shapes: Mapping[str, tuple[int | str, ...]]) -> tuple[
     return tuple(dimension(size) for size in shapes.get(value.name) or value.shape)
 
 
-def _sizes_of(
-    value: Any, shapes: Mapping[str, tuple[int | str, ...]], sizes: Mapping[str, int]
-) -> tuple[int, ...]:
+def _sizes_of(value: Any, shapes: Mapping[str, tuple[int | str, ...]], sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(
         size if isinstance(size, int) else sizes[size if size != "?" else f"{value.name}[{axis}]"]
         for axis, size in enumerate(_declared(value, shapes))

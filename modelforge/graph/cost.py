@@ -50,7 +50,9 @@ def peak_activation_bytes(
         last_use[value.name] = len(graph.node)
     weights = {tensor.name for tensor in graph.initializer}
     try:
-        live = {value.name: _bytes(value.name, shapes, item_bytes) for value in graph.input if value.name not in weights}
+        live = {
+            value.name: _bytes(value.name, shapes, item_bytes) for value in graph.input if value.name not in weights
+        }
         total = sum(live.values())
         peak = total
         for step, node in enumerate(graph.node):
@@ -167,7 +169,7 @@ def _recurrent(gates: int) -> Callable[[onnx.NodeProto, Mapping[str, Any], Shape
 
 
 def _pool(node: onnx.NodeProto, attributes: Mapping[str, Any], shapes: Shapes) -> int:
-    return _elements(node.output[0], shapes) * prod(attributes["kernel_shape"])
+    return _elements(node.output[0], shapes) * prod(int(size) for size in attributes["kernel_shape"])
 
 
 def _by_input(per_element: int) -> Callable[[onnx.NodeProto, Mapping[str, Any], Shapes], int]:

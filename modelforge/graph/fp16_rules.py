@@ -1,5 +1,6 @@
-"""Which nodes can compute in FP16, and which of their inputs and outputs then are FP16: from the ONNX schemas, and a table
-of what the schemas allow but numbers do not bear.
+"""Which nodes can compute in FP16, and which of their inputs and outputs then are FP16.
+
+From the ONNX schemas, and a table of what the schemas allow but numbers do not bear.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def plan_node(node: onnx_ir.Node, opset: int) -> Plan:
 
 
 def unfit(value: onnx_ir.Value) -> str:
-    """Why an initializer cannot be FP16, empty where it can. Never clamp: a clamped variance is a silent wrong answer."""
+    """Why an initializer cannot be FP16, empty where it can. Never clamp: that gives wrong answers without a word."""
     if value.const_value is None:
         return "its value is not in the model"
     return unfit_array(value.const_value.numpy())
@@ -93,7 +94,6 @@ def unfit_array(array: NDArray[Any]) -> str:
     if not finite.size:
         return ""
     largest = float(np.abs(finite).max())
-    # What rounds to 65504 is below 65520; beyond it, FP16 has infinity only.
     if largest > LARGEST:
         return f"a value of {largest:.3g} is beyond FP16's {LARGEST:.0f}"
     if largest > 0 and not np.any(finite.astype(np.float16)):

@@ -17,7 +17,6 @@ import onnx.shape_inference
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from modelforge.errors import ModelError
 from modelforge.graph.cost import flops, peak_activation_bytes
 from modelforge.graph.facts import ModelFacts, OpFacts, TensorFacts
 from modelforge.graph.load import parse
@@ -346,4 +345,4 @@ def _item_bytes(elem_type: int) -> int:
 
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
     bits = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4}
-    return -(-prod(tensor.dims) * bits.get(tensor.data_type, 8 * _item_bytes(tensor.data_type)) // 8)
+    return int(-(-prod(tensor.dims) * bits.get(tensor.data_type, 8 * _item_bytes(tensor.data_type)) // 8))

@@ -82,9 +82,7 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     graph = load(model)
     nodes_before = count_nodes(graph)
-    passes = run_passes(
-        graph, [RemoveInitializerInputs(), SetInputShapes(inputs, where), *_tidy()], where
-    )
+    passes = run_passes(graph, [RemoveInitializerInputs(), SetInputShapes(inputs, where), *_tidy()], where)
     shapes = {str(value.name): read_shape(value) or () for value in graph.graph.inputs if value.shape is not None}
     samples = reference_samples(model, shapes, sizes or {}, where)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as temporary:

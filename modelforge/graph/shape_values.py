@@ -6,6 +6,7 @@ Looks at small integer and float tensors only; a weight never passes through her
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,18 +30,17 @@ def known_values(
     ``values`` (initializers that are already known) is extended and returned.
     """
     for tensor in graph.initializer:
-        _remember(values, tensor.name, lambda tensor=tensor: _read(tensor))
+        _remember(values, tensor.name, partial(_read, tensor))
     for node in graph.node:
         if len(node.output) != 1 or node.output[0] in values or not _has_rule(node):
             continue
         if node.op_type == "Shape":
-            _remember(values, node.output[0], lambda node=node: _shape_of(node, shapes))
+            _remember(values, node.output[0], partial(_shape_of, node, shapes))
         elif node.op_type == "Constant":
-            _remember(values, node.output[0], lambda node=node: _constant(node))
+            _remember(values, node.output[0], partial(_constant, node))
         elif all(name in values or not name for name in node.input):
             inputs = [values.get(name) for name in node.input]
-            rule = _RULES[node.op_type]
-            _remember(values, node.output[0], lambda rule=rule, inputs=inputs, node=node: rule(inputs, _attrs(node)))
+            _remember(values, node.output[0], partial(_RULES[node.op_type], inputs, _attrs(node)))
     return values
 
 

@@ -190,4 +190,6 @@ def _run(argv: Sequence[str], out: Path, workdir: Path, timeout: float, tool: To
 
 
 def _neutral(argv: Sequence[str]) -> tuple[str, ...]:
-    return tuple("python" if word == sys.executable else Path(word).name if word.startswith("/") else word for word in argv)
+    return tuple(
+        "python" if word == sys.executable else Path(word).name if word.startswith("/") else word for word in argv
+    )

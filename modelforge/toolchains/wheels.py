@@ -109,7 +109,11 @@ def _download(requirements: Sequence[str], platforms: Sequence[str], python: str
     command = ["-m", "pip", *options, *requirements]
     log = workdir / "pip.log"
     finished = process.run(
-        [sys.executable, *command, "--dest", "wheels"], cwd=workdir, log=log, timeout=_PIP_SECONDS, env=_pip_environment()
+        [sys.executable, *command, "--dest", "wheels"],
+        cwd=workdir,
+        log=log,
+        timeout=_PIP_SECONDS,
+        env=_pip_environment(),
     )
     if not finished.ok:
         raise ToolchainMissing(

@@ -113,7 +113,9 @@ def _warnings(pair: Mapping[str, str], linkers: Mapping[str, str]) -> list[str]:
         if isa not in linkers
     ]
     if any(not name.startswith("ziglang") for name in linkers.values()):
-        found.append("linked with this machine's own compiler: other machines may give other bytes; pip install ziglang")
+        found.append(
+            "linked with this machine's own compiler: other machines may give other bytes; pip install ziglang"
+        )
     return found
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import tvm
 from tvm import relax
@@ -62,12 +63,42 @@ def _renamed(module: Any, function: str) -> Any:
         relax.expr._update_type(new, old.ty)
     result = tvm.IRModule()
     for name, body in module.functions_items():
-        if isinstance(body, relax.Function):
-            body = _Rename(names).visit_expr(body)
-        if body.attrs and "global_symbol" in body.attrs:
-            body = body.with_attr("global_symbol", names[name].name_hint)
-        result[names[name]] = body
+        renamed = _Rename(names).visit_expr(body) if isinstance(body, relax.Function) else body
+        if renamed.attrs and "global_symbol" in renamed.attrs:
+            renamed = renamed.with_attr("global_symbol", names[name].name_hint)
+        result[names[name]] = renamed
     return result
+
+
+@relax.expr_functor.mutator
+class _FoldPlain(relax.PyExprMutator):  # type: ignore[misc]  # TVM ships no types
+    """Folds what NumPy gives exactly, bias reshapes and the bounds of Clip above all: FoldConstant compiles a kernel
+    for each of them (60 ms), and there are hundreds."""
+
+    _VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+
+    def visit_call_(self, call: Any) -> Any:
+        call = self.visit_expr_post_order(call)
+        name = getattr(call.op, "name", "")
+        values = [self._constant(argument) for argument in call.args]
+        if not values or values[0] is None:
+            return call
+        if name in self._VIEWS:
+            shape = self.builder_.normalize(call).ty.shape
+            return relax.const(values[0].reshape([int(size) for size in shape]))
+        if name == "relax.permute_dims":
+            axes = call.attrs.axes and [int(axis) for axis in call.attrs.axes]
+            return relax.const(np.ascontiguousarray(values[0].transpose(axes)))
+        if name == "relax.isnan":
+            return relax.const(np.isnan(values[0]))
+        if name == "relax.where" and all(value is not None for value in values):
+            return relax.const(np.where(*values))
+        return call
+
+    def _constant(self, expression: Any) -> Any:
+        if isinstance(expression, relax.Var):
+            expression = self.lookup_binding(expression)
+        return expression.value.numpy() if isinstance(expression, tvm.ir.expr.GenericConst) else None
 
 
 @relax.expr_functor.mutator
@@ -101,8 +132,7 @@ def build(module: Any, machine: Machine, folder: Path) -> Objects:
     collected: list[Path] = []
 
     def collect(_: str, files: Sequence[str], **__: Any) -> None:
-        for file in files:
-            collected.append(Path(shutil.copy(file, folder / Path(file).name)))
+        collected.extend(Path(shutil.copy(file, folder / Path(file).name)) for file in files)
 
     executable.export_library(str(folder / "unlinked.so"), fcompile=collect, workspace_dir=str(scratch))
     shutil.rmtree(scratch)
@@ -111,7 +141,10 @@ def build(module: Any, machine: Machine, folder: Path) -> Objects:
 
 def _lower(module: Any) -> Any:
     entries = [name.name_hint for name, function in module.functions_items() if isinstance(function, relax.Function)]
+    for name in entries:
+        module[name] = _FoldPlain(module).visit_expr(module[name])
     passes = [
+        relax.transform.CanonicalizeBindings(),
         relax.transform.FoldConstant(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),

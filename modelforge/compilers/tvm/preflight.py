@@ -70,7 +70,7 @@ def _precision(target: Target, precision: str) -> list[Refusal]:
         return [
             Refusal(
                 "precision",
-                f"{target.tag} has no arithmetic in fp16: its code would convert at every step, and be slower than fp32",
+                f"{target.tag} has no arithmetic in fp16: its code would convert at each step and be slower than fp32",
                 'give this target the ladder ["fp32"]',
             )
         ]
@@ -90,7 +90,9 @@ def _symbols(inputs: Mapping[str, tuple[int | str, ...]]) -> list[Refusal]:
         for position, size in enumerate(shape):
             if isinstance(size, int) or (position == 0 and size == batch):
                 continue
-            why = f'it is not the leading one, dimension {position} "{size}"' if position else f'"{size}" is a second one'
+            why = (
+                f'it is not the leading one, dimension {position} "{size}"' if position else f'"{size}" is a second one'
+            )
             found.append(
                 Refusal(
                     "dynamic-shape",
@@ -104,7 +106,9 @@ def _symbols(inputs: Mapping[str, tuple[int | str, ...]]) -> list[Refusal]:
 
 def _dtypes(facts: ModelFacts) -> list[Refusal]:
     return [
-        Refusal("dtype", f"{tensor.name} is of type {tensor.dtype}, which the runner does not know", "cast it in the model")
+        Refusal(
+            "dtype", f"{tensor.name} is of type {tensor.dtype}, which the runner does not know", "cast it in the model"
+        )
         for tensor in (*facts.inputs, *facts.outputs)
         if tensor.dtype not in DTYPES
     ]
@@ -119,7 +123,9 @@ def _op(op: OpFacts) -> list[Refusal]:
     if not domain and op.op in _CONTROL_FLOW:
         return [Refusal("control-flow", f"{shown} {where} is control flow", "split the model around it", _IMPORTER)]
     if not domain and op.op in _RECURRENT:
-        return [Refusal("recurrent", f"{shown} {where} is not imported", "unroll it, or choose another compiler", _IMPORTER)]
+        return [
+            Refusal("recurrent", f"{shown} {where} is not imported", "unroll it, or choose another compiler", _IMPORTER)
+        ]
     if not domain and op.op in _DATA_DEPENDENT:
         fix = "end the model before it, and do this step outside"
         return [Refusal("data-dependent-shape", f"how much {shown} {where} gives depends on the data", fix, _IMPORTER)]

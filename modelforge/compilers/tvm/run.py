@@ -41,7 +41,9 @@ def place(target: Target) -> Place | None:
     if emulator is None:
         return None
     cpu = target.arch.qemu_cpu or "max"
-    return Place("emulator", tuple(emulator.command(cpu=cpu)), f"run by qemu-aarch64 {emulator.version()}, CPU model {cpu}")
+    return Place(
+        "emulator", tuple(emulator.command(cpu=cpu)), f"run by qemu-aarch64 {emulator.version()}, CPU model {cpu}"
+    )
 
 
 def hint(target: Target) -> str:

@@ -64,8 +64,10 @@ def device_files(isa: str, store: Store, folder: Path) -> Files:
 def _libraries(isa: str, store: Store) -> dict[str, Path]:
     versions = installed_pair()
     if isa_of(platform.machine()) == isa:
-        return {name: Path(str(importlib.metadata.distribution(package).locate_file(member)))
-                for package, (member, name) in _MEMBERS.items()}
+        return {
+            name: Path(str(importlib.metadata.distribution(package).locate_file(member)))
+            for package, (member, name) in _MEMBERS.items()
+        }
     pinned = versions == {"apache-tvm": TVM_VERSION, "apache-tvm-ffi": FFI_VERSION}
     digests = _DIGESTS.get(isa, {}) if pinned else {}
     wanted = [
@@ -101,9 +103,7 @@ def _runner(isa: str, store: Store) -> Path:
     def fill(folder: Path) -> None:
         with store.workdir() as workdir:
             folders = [include, include / "dlpack"]
-            linker.compile_program(
-                isa, SOURCE, folder / RUNNER, include=folders, workdir=workdir, libraries=_LIBRARIES
-            )
+            linker.compile_program(isa, SOURCE, folder / RUNNER, include=folders, workdir=workdir, libraries=_LIBRARIES)
 
     key = f"tvm-runner-{isa}-{source}-{installed_pair()['apache-tvm-ffi']}-{tool}"
     return wheels.kept(key, fill, store=store)[RUNNER]

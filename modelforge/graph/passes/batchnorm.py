@@ -29,7 +29,8 @@ class FoldBatchNormalization(InPlacePass):
             for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph)
             if node.op_type == "BatchNormalization" and node.domain == ""
         ]
-        return PassResult(model, any([_fold(node) for node in nodes]))
+        folded = [_fold(node) for node in nodes]  # all of them: `any` would stop at the first
+        return PassResult(model, any(folded))
 
 
 def _fold(norm: onnx_ir.Node) -> bool:
@@ -108,11 +109,11 @@ def _replace(norm: onnx_ir.Node, layer: onnx_ir.Node, source: onnx_ir.Value, arr
     layer.replace_input_with(2, new[1])
     if layer.op_type == "Gemm":
         layer.attributes.pop("beta", None)
-    name, shape, kind = output.name, output.shape, output.type
+    output_name, shape, kind = output.name, output.shape, output.type
     output.replace_all_uses_with(source, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
     output.name = None
-    source.name, source.shape, source.type = name, shape, kind
+    source.name, source.shape, source.type = output_name, shape, kind
 
 
 def _constant(value: onnx_ir.Value | None) -> Array | None:

@@ -43,7 +43,8 @@ class RemoveIdentities(InPlacePass):
 
     def call(self, model: onnx_ir.Model) -> PassResult:
         nodes = list(onnx_ir.traversal.RecursiveGraphIterator(model.graph))
-        return PassResult(model, any([_remove_identity(node) for node in nodes]))
+        removed = [_remove_identity(node) for node in nodes]  # all of them: `any` would stop at the first
+        return PassResult(model, any(removed))
 
 
 class RemoveDeadNodes(InPlacePass):
@@ -51,7 +52,7 @@ class RemoveDeadNodes(InPlacePass):
 
     def call(self, model: onnx_ir.Model) -> PassResult:
         modified = common.RemoveUnusedNodesPass()(model).modified
-        modified |= common.RemoveUnusedFunctionsPass()(model).modified
+        modified |= common.RemoveUnusedFunctionsPass()(model).modified  # type: ignore[no-untyped-call]
         for graph in model.graphs():
             outputs = set(graph.outputs)
             for name, value in list(graph.initializers.items()):

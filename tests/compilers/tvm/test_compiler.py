@@ -1,0 +1,296 @@
+"""From a model to a variant that runs: what it computes, what it is made of, and that it is always the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper
+
+from modelforge.compilers.protocol import CompileJob, Missing, Toolchain
+from modelforge.compilers.tvm import TvmCompiler, run, runtime
+from modelforge.errors import BuildError, UnsupportedError
+from modelforge.recipe import Dim
+from modelforge.store import digest_file
+from modelforge.target import Registry
+from tests.compilers.tvm.models import (
+    INPUTS,
+    Arrays,
+    Build,
+    Built,
+    conv_net,
+    cortex_a76,
+    make_model,
+    needs_qemu,
+    this_machine,
+    value,
+)
+
+FILES = {"main.so", "run", "libtvm_ffi.so", "libtvm_runtime.so"}
+
+
+def _reference(model: Path, arrays: Arrays) -> Arrays:
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    return dict(zip([output.name for output in session.get_outputs()], session.run(None, arrays), strict=True))
+
+
+def _samples(count: int, dtype: str = "float32") -> Arrays:
+    return {"x": np.random.default_rng(7).standard_normal((count, 3, 16, 20)).astype(dtype)}
+
+
+def _assert_same(got: Arrays, expected: Arrays, tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        assert got[name].dtype == array.dtype
+        np.testing.assert_allclose(got[name], array, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(1, 1), (11, 8), (5, 3), (9, 64)])
+def test_computes_what_onnxruntime_computes_at_any_batch(
+    built: Built, tmp_path: Path, samples: int, batch: int
+) -> None:
+    """11 at 8 is a full entry and 3 padded to 4; 64 is more than the largest entry."""
+    arrays = _samples(samples)
+    got, ran = built.run(arrays, tmp_path, batch)
+    _assert_same(got, _reference(built.model, arrays), 1e-5)
+    assert ran.evidence == "device"
+    assert ran.latency["p50_ms"] > 0
+
+
+def test_a_variant_is_complete_and_its_record_is_neutral(built: Built) -> None:
+    compiled = built.compiled
+    assert set(compiled.files) == FILES
+    assert compiled.artifact == "main.so"
+    assert compiled.report["entries"] == [1, 4, 8]
+    assert compiled.report["scheduled"] == compiled.report["kernels"] > 0
+    words = [word for command in compiled.commands for word in command]
+    assert not any("/" in word for word in words), words
+    assert "glibc" in compiled.requires
+
+
+def test_no_path_of_the_build_is_in_what_is_shipped(built: Built) -> None:
+    for name in ("main.so", "run"):
+        data = built.compiled.files[name].read_bytes()
+        assert str(built.model.parent).encode() not in data
+        assert str(Path(sys.prefix)).encode() not in data
+        assert b"site-packages" not in data
+
+
+def test_a_rebuild_gives_the_same_bytes(build: Build, built: Built) -> None:
+    again = build(conv_net(), this_machine())
+    for name in FILES:
+        assert digest_file(again.compiled.files[name]).digest == digest_file(built.compiled.files[name]).digest
+
+
+def test_weights_are_there_once_for_all_entries(build: Build) -> None:
+    """The machine's constants are told apart by content, so a second entry adds code alone."""
+    size = 400_000
+    weights = [onnx.numpy_helper.from_array(np.random.default_rng(0).random((500, 200), dtype=np.float32), "w")]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    model = make_model(nodes, [value("x", ["batch", 500])], [value("y", ["batch", 200])], weights)
+    made = build(model, this_machine(), {"x": ("batch", 500)}, {"batch": Dim(values=(1, 2, 4))})
+    assert size < made.compiled.files["main.so"].stat().st_size < 1.5 * size
+
+
+@pytest.mark.qemu
+def test_cortex_a76_under_qemu(build: Build, tmp_path: Path) -> None:
+    needs_qemu()
+    arrays = _samples(6)
+    made = build(conv_net(), cortex_a76())
+    got, ran = made.run(arrays, tmp_path, 4)
+    _assert_same(got, _reference(made.model, arrays), 1e-5)
+    assert ran.evidence == "emulator"
+    assert ran.latency == {}, "an emulator's time is no latency"
+    assert "qemu-aarch64" in ran.notes[0]
+    assert "max" in ran.notes[0]
+
+
+@pytest.mark.qemu
+def test_cortex_a76_in_fp16_under_qemu(build: Build, tmp_path: Path) -> None:
+    needs_qemu()
+    arrays = _samples(5, "float16")
+    made = build(conv_net("float16"), cortex_a76(), precision="fp16")
+    got, _ = made.run(arrays, tmp_path, 4)
+    _assert_same(got, _reference(made.model, arrays), 5e-3)
+
+
+@pytest.mark.parametrize("tag", ["this-machine", pytest.param("cortex-a76", marks=pytest.mark.qemu)])
+def test_ppocr_cls(build: Build, tmp_path: Path, tag: str) -> None:
+    package = pytest.importorskip("rapidocr_onnxruntime")
+    target = this_machine()
+    if tag == "cortex-a76":
+        needs_qemu()
+        target = cortex_a76()
+    model = onnx.load(Path(package.__file__).parent / "models" / "ch_ppocr_mobile_v2.0_cls_infer.onnx")
+    for dimension, size in zip(model.graph.input[0].type.tensor_type.shape.dim, ("batch", 3, 48, 192), strict=True):
+        if isinstance(size, str):
+            dimension.dim_param = size
+        else:
+            dimension.dim_value = size
+    made = build(model, target, {"x": ("batch", 3, 48, 192)}, {"batch": Dim(values=(1, 2))})
+    arrays = {"x": np.random.default_rng(3).random((3, 3, 48, 192), dtype=np.float32)}
+    got, _ = made.run(arrays, tmp_path, 2)
+    _assert_same(got, _reference(made.model, arrays), 1e-5)
+
+
+@pytest.mark.parametrize("tag", ["this-machine", pytest.param("cortex-a76", marks=pytest.mark.qemu)])
+def test_squeezenet_with_a_fixed_batch(build: Build, tmp_path: Path, tag: str) -> None:
+    target = this_machine()
+    if tag == "cortex-a76":
+        needs_qemu()
+        target = cortex_a76()
+    model = onnx.load(Path(onnx.__file__).parent / "backend/test/data/light/light_squeezenet.onnx")
+    name = next(i.name for i in model.graph.input if i.name not in {t.name for t in model.graph.initializer})
+    made = build(model, target, {name: (1, 3, 224, 224)}, {})
+    arrays = {name: np.random.default_rng(3).random((1, 3, 224, 224), dtype=np.float32)}
+    got, _ = made.run(arrays, tmp_path)
+    _assert_same(got, _reference(made.model, arrays), 1e-4)
+
+
+def test_samples_of_a_model_without_a_batch_are_stacked(build: Build, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Mul", ["a", "b"], ["c"]),
+        helper.make_node("Relu", ["c"], ["y z"]),
+        helper.make_node("ReduceSum", ["c"], ["total"], keepdims=0),
+    ]
+    inputs = [value("a", [2, 5]), value("b", [1, 5])]
+    model = make_model(nodes, inputs, [value("y z", [2, 5]), value("total", [])])
+    made = build(model, this_machine(), {"a": (2, 5), "b": (1, 5)}, {})
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.standard_normal((7, 2, 5)).astype(np.float32),
+        "b": rng.standard_normal((7, 5)).astype(np.float32),
+    }
+    got, _ = made.run(arrays, tmp_path)
+    products = arrays["a"] * arrays["b"][:, None]
+    np.testing.assert_allclose(got["y z"], np.maximum(products, 0), rtol=1e-6)
+    np.testing.assert_allclose(got["total"], products.sum(axis=(1, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_integers_and_booleans_pass_through(build: Build, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Greater", ["ids", "limit"], ["above"]),
+        helper.make_node("Add", ["ids", "limit"], ["sum"]),
+    ]
+    limit = onnx.numpy_helper.from_array(np.array([3], np.int64), "limit")
+    int64, boolean = onnx.TensorProto.INT64, onnx.TensorProto.BOOL
+    outputs = [value("above", ["batch", 4], boolean), value("sum", ["batch", 4], int64)]
+    model = make_model(nodes, [value("ids", ["batch", 4], int64)], outputs, [limit])
+    made = build(model, this_machine(), {"ids": ("batch", 4)}, {"batch": Dim(values=(2,))})
+    ids = np.arange(12, dtype=np.int64).reshape(3, 4)
+    got, _ = made.run({"ids": ids}, tmp_path, 2)
+    assert got["above"].dtype == np.bool_
+    np.testing.assert_array_equal(got["above"], ids > 3)
+    np.testing.assert_array_equal(got["sum"], ids + 3)
+
+
+def test_an_output_that_mixes_the_batch_is_refused(build: Build) -> None:
+    nodes = [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)]
+    axes = onnx.numpy_helper.from_array(np.array([0], np.int64), "axes")
+    model = make_model(nodes, [value("x", ["batch", 4])], [value("y", [4])], [axes])
+    with pytest.raises(UnsupportedError, match=r"output y.*leading dimension"):
+        build(model, this_machine(), {"x": ("batch", 4)}, {"batch": Dim(values=(1, 2))})
+
+
+def test_what_the_importer_cannot_have_is_named_with_its_node(build: Build) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Det", ["r"], ["y"], name="the determinant")]
+    model = make_model(nodes, [value("x", [1, 3, 3])], [value("y", [1])])
+    with pytest.raises(UnsupportedError, match="Det"):
+        build(model, this_machine(), {"x": (1, 3, 3)}, {})
+
+
+def test_a_node_that_fails_in_the_importer_is_found_in_its_frames(tmp_path: Path) -> None:
+    """TVM's own message names neither the node nor the operator."""
+    api = pytest.importorskip("modelforge.compilers.tvm.api")
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Pad", ["r", "pads"], ["y"], name="the padding")]
+    inputs = [value("x", [1, 3]), value("pads", [4], onnx.TensorProto.INT64)]
+    onnx.save(make_model(nodes, inputs, [value("y", [1, "n"])]), tmp_path / "model.onnx")
+    with pytest.raises(Exception, match="pads") as caught:
+        api.import_entries({"main_b1": tmp_path / "model.onnx"})
+    assert "the padding" not in str(caught.value)
+    assert api.failing_node(caught.value) == "node the padding (Pad)"
+
+
+def test_a_time_limit_ends_the_compile(tmp_path: Path) -> None:
+    onnx.save(conv_net(), tmp_path / "model.onnx")
+    job = CompileJob(
+        tmp_path / "model.onnx", this_machine(), "fp32", INPUTS, {"batch": Dim(values=(1,))}, tmp_path, 0.3
+    )
+    with pytest.raises(BuildError, match="time limit"):
+        TvmCompiler().compile(job)
+
+
+def test_a_target_that_is_no_cpu_is_refused(tmp_path: Path, build: Build) -> None:
+    with pytest.raises(UnsupportedError, match="t4"):
+        build(conv_net(), Registry().get("t4"))
+
+
+def test_probe_tells_the_pair_and_the_linker_without_importing_tvm() -> None:
+    program = (
+        "import sys\n"
+        "from modelforge.compilers.tvm import TvmCompiler\n"
+        "found = TvmCompiler().probe()\n"
+        "heavy = {'tvm', 'tvm_ffi', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(sorted(found.versions))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['apache-tvm', 'apache-tvm-ffi', 'linker-aarch64', 'linker-x86-64']"
+
+
+def test_probe_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(runtime.importlib.metadata, "version", version)
+    found = TvmCompiler().probe()
+    assert isinstance(found, Missing)
+    assert "apache-tvm" in found.reason
+    assert found.fix == "pip install 'modelforge[build]'"
+
+
+def test_probe_warns_of_another_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        runtime.importlib.metadata, "version", lambda name: "0.1.15.post2" if name == "apache-tvm-ffi" else real(name)
+    )
+    found = TvmCompiler().probe()
+    assert isinstance(found, Toolchain)
+    assert any("0.1.15.post2" in warning and "apache-tvm-ffi==0.1.14.post1" in warning for warning in found.warnings)
+
+
+def test_the_evidence_follows_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = TvmCompiler()
+    assert compiler.runner(this_machine()) == "device"
+    assert compiler.runner_hint(this_machine()) == ""
+    arch = this_machine().arch
+    stronger = dataclasses.replace(this_machine(), arch=arch.model_copy(update={"cpuinfo": ("no-such-flag",)}))
+    assert compiler.runner(stronger) is None
+    assert "no-such-flag" in compiler.runner_hint(stronger)
+    if run.host.this_host().isa == "aarch64":
+        pytest.skip("the rest is about a foreign machine")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler.runner(cortex_a76()) is None
+    assert "apt-get install qemu-user-static" in compiler.runner_hint(cortex_a76())
+
+
+def test_a_variant_that_cannot_run_here_says_so(built: Built, tmp_path: Path) -> None:
+    arch = built.target.arch.model_copy(update={"cpuinfo": ("no-such-flag",)})
+    elsewhere = dataclasses.replace(built, target=dataclasses.replace(built.target, arch=arch))
+    with pytest.raises(BuildError, match="cannot run on this machine"):
+        elsewhere.run(_samples(1), tmp_path)
+
+
+def test_inputs_of_the_wrong_shape_end_in_the_runners_own_words(built: Built, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"exit code 1[\s\S]*does not fit the model"):
+        built.run({"x": np.zeros((2, 3, 16, 21), np.float32)}, tmp_path)
+    with pytest.raises(BuildError, match="hold no array x"):
+        built.run({"z": np.zeros((2, 3, 16, 20), np.float32)}, tmp_path)
