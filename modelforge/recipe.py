@@ -6,34 +6,27 @@ Reads TOML and checks all that can be checked without opening the model or the d
 from __future__ import annotations
 
 import importlib.util
-import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, field_validator, model_validator
 from pydantic import ValidationError as _Fault
 
 from modelforge.errors import RecipeError, nearest
-from modelforge.schema import explain, line_suffix
-from modelforge.target import TAG_PATTERN, Precision
+from modelforge.schema import dotted_key, explain, line_suffix
+from modelforge.target import TAG_PATTERN, PositiveFloat, PositiveInt, Precision, SchemaVersion
 
 METRICS = ("top1", "topk", "cosine", "sqnr")
 """Metrics that the recipe may name without a module."""
 
+Number = Annotated[float, Strict()]
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # No infinity and no NaN: a gate of `max_drop = inf` passes everything.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dim(_Strict):
@@ -87,7 +80,10 @@ class ModelSection(_Strict):
 
 
 class InputSection(_Strict):
-    shape: tuple[PositiveInt | str, ...]
+    shape: Annotated[
+        tuple[PositiveInt | Annotated[str, Field(min_length=1)], ...],
+        Field(description="sizes are whole numbers above 0, or names of symbols bounded under [dims]"),
+    ]
 
 
 class CalibrationSection(_Strict):
@@ -100,13 +96,13 @@ class AccuracySection(_Strict):
 
     data: str
     metric: str
-    max_drop: NonNegativeFloat | None = None
+    max_drop: Annotated[float, Strict(), Field(ge=0)] | None = None
     k: PositiveInt = 5
     output: str | None = None
     samples: PositiveInt | None = None
-    min_reference: float | None = None
-    min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_sqnr_db: float | None = None
+    min_reference: Number | None = None
+    min_agreement: Annotated[float, Strict(), Field(ge=0, le=1)] | None = None
+    min_sqnr_db: Number | None = None
 
     @field_validator("metric")
     @classmethod
@@ -131,16 +127,34 @@ class ServingSection(_Strict):
 
 
 class TargetSection(_Strict):
-    tag: str
+    tag: Annotated[str, Field(pattern=TAG_PATTERN, description="a tag has lower-case letters, digits and hyphens only")]
     precision: Annotated[tuple[Precision, ...], Field(min_length=1)]
-    required: bool = True
+    required: StrictBool = True
     compiler: str | None = None
+
+    @field_validator("precision")
+    @classmethod
+    def _once(cls, precision: tuple[Precision, ...]) -> tuple[Precision, ...]:
+        if len(set(precision)) < len(precision):
+            raise ValueError("a precision stands twice in the ladder")
+        return precision
 
 
 class _RecipeFile(_Strict):
-    schema_: Annotated[Literal[1], Field(alias="schema")]
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$")]
-    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+(?:-[0-9A-Za-z.-]+)?$")]
+    schema_: SchemaVersion
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$",
+            description="a name has lower-case letters and digits, with single dots, hyphens or underscores between",
+        ),
+    ]
+    version: Annotated[
+        str,
+        Field(
+            pattern=r"^[0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.-]+)?$", description="three numbers: 1.2.0, or 1.2.0-rc.1"
+        ),
+    ]
     model: ModelSection
     inputs: dict[str, InputSection] = {}
     dims: dict[str, Dim] = {}
@@ -148,16 +162,6 @@ class _RecipeFile(_Strict):
     accuracy: AccuracySection | None = None
     serving: ServingSection = ServingSection()
     target: Annotated[tuple[TargetSection, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        tags = [target.tag for target in self.target]
-        for tag in tags:
-            if not re.match(TAG_PATTERN, tag):
-                raise ValueError(f'"{tag}" is not a target tag: lower-case letters, digits and hyphens only')
-            if tags.count(tag) > 1:
-                raise ValueError(f'target "{tag}" stands twice')
-        return self
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,7 @@ class Recipe:
 
     def where(self, *keys: str | int) -> str:
         """``recipe.toml:12: accuracy.data``, for error messages."""
-        dotted = ".".join(str(key) for key in keys)
-        return f"{self.path}{line_suffix(self.path, list(keys))}: {dotted}"
+        return f"{self.path}{line_suffix(self.path, list(keys))}: {dotted_key(list(keys))}"
 
 
 def find_recipe(path: Path) -> Path:
@@ -216,7 +219,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         file = _RecipeFile.model_validate(data)
     except _Fault as error:
-        what, where, fix = explain(error, _RecipeFile, path)
+        what, where, fix = explain(error, _RecipeFile, path, data)
         raise RecipeError(what, where=where, fix=fix) from None
     recipe = Recipe(
         path=path,
@@ -231,7 +234,20 @@ def load_recipe(path: Path) -> Recipe:
         targets=file.target,
     )
     _check_symbols(recipe)
+    _check_tags(recipe)
     return recipe
+
+
+def _check_tags(recipe: Recipe) -> None:
+    seen: set[str] = set()
+    for index, section in enumerate(recipe.targets):
+        if section.tag in seen:
+            raise RecipeError(
+                f'target "{section.tag}" stands twice',
+                where=recipe.where("target", index, "tag"),
+                fix="give each target once, with its ladder",
+            )
+        seen.add(section.tag)
 
 
 def _check_symbols(recipe: Recipe) -> None:
@@ -257,7 +273,10 @@ def _model_path(text: str, recipe: Path) -> Path:
     if not text.startswith("package:"):
         return recipe.parent / text
     package, _, inside = text.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
             f'the model is carried by the Python package "{package}", which is not installed',

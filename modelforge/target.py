@@ -6,6 +6,7 @@ The tag of a target is the stem of its file: ``targets/cortex-a76.toml`` is ``co
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, ValidationError
 
 from modelforge.errors import TargetError, nearest
 from modelforge.schema import explain
@@ -21,18 +22,24 @@ from modelforge.schema import explain
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
 Tier = Literal["device", "edge", "cloud"]
 TAG_PATTERN = r"^[a-z0-9][a-z0-9-]*$"
+# Strict, because TOML has types of its own: `true` is not 1, and "8" is not 8.
+PositiveInt = Annotated[int, Strict(), Field(gt=0)]
+PositiveFloat = Annotated[float, Strict(), Field(gt=0)]
+SchemaVersion = Annotated[
+    int, Strict(), Field(alias="schema", ge=1, le=1, description="this ModelForge reads schema 1")
+]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CudaArchitecture(_Strict):
     """An NVIDIA GPU: ``sm`` is the compute capability without its dot (75 is 7.5)."""
 
     kind: Literal["cuda"]
-    sm: Annotated[int, Field(ge=50, le=130)]
-    dla: bool = False
+    sm: Annotated[int, Strict(), Field(ge=50, le=130, description="the compute capability without its dot: 75 for 7.5")]
+    dla: StrictBool = False
 
 
 class CpuArchitecture(_Strict):
@@ -71,7 +78,7 @@ class QualcommArchitecture(_Strict):
     """A Qualcomm Hexagon tensor processor."""
 
     kind: Literal["qualcomm"]
-    htp_arch: Annotated[int, Field(ge=60, le=99)]
+    htp_arch: Annotated[int, Strict(), Field(ge=60, le=99, description="the Hexagon version: 73 for v73")]
     soc_model: PositiveInt | None = None
 
 
@@ -97,7 +104,7 @@ class Peak(_Strict):
 
 
 class _TargetFile(_Strict):
-    schema_: Annotated[Literal[1], Field(alias="schema")]
+    schema_: SchemaVersion
     title: str
     vendor: str
     tier: Tier
@@ -144,8 +151,15 @@ def load_target(path: Path) -> Target:
     """Read one profile.
 
     Raises:
-        TargetError: the file is not TOML, has an unknown key, lacks one, or holds a value that is not allowed.
+        TargetError: the file is not TOML, has an unknown key, lacks one, or holds a value that is not allowed; or its
+            name is no tag.
     """
+    if not re.match(TAG_PATTERN, path.stem):
+        raise TargetError(
+            f'the name of the file is no target tag: "{path.stem}"',
+            where=str(path),
+            fix="rename it: lower-case letters, digits and hyphens only",
+        )
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -153,7 +167,7 @@ def load_target(path: Path) -> Target:
     try:
         file = _TargetFile.model_validate(data)
     except ValidationError as error:
-        what, where, fix = explain(error, _TargetFile, path)
+        what, where, fix = explain(error, _TargetFile, path, data)
         raise TargetError(what, where=where, fix=fix) from None
     fields = {name: getattr(file, name) for name in _TargetFile.model_fields if name != "schema_"}
     return Target(tag=path.stem, path=path, **fields)
@@ -166,8 +180,18 @@ def builtin_folder() -> Path:
 
 
 def folders(extra: Sequence[Path] = ()) -> list[Path]:
-    """Where profiles are looked for, first found wins: ``extra``, ``$MODELFORGE_TARGETS``, the built-in ones."""
+    """Where profiles are looked for, first found wins: ``extra``, ``$MODELFORGE_TARGETS``, the built-in ones.
+
+    Raises:
+        TargetError: a folder of ``$MODELFORGE_TARGETS`` does not exist; building with the built-in profile instead of
+            the one that the user wrote would be silent.
+    """
     from_environment = [Path(part) for part in os.environ.get("MODELFORGE_TARGETS", "").split(os.pathsep) if part]
+    for folder in from_environment:
+        if not folder.is_dir():
+            raise TargetError(
+                "there is no such folder", where=f"$MODELFORGE_TARGETS: {folder}", fix="mend the variable"
+            )
     return [*extra, *from_environment, builtin_folder()]
 
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
     for variant in plan.variants:
         if variant.hint and variant.rungs[0].evidence == "reference":
-            console.note(f"note: {variant.target.tag} will not be run here; to run it: {variant.hint}")
+            console.note(f"note: {variant.target.tag} will not be run here; {variant.hint}")
     return 0
 
 

@@ -113,11 +113,7 @@ def _error(variants: Sequence[VariantResult], allow_deferred: bool) -> ModelForg
 def _hint(result: VariantResult) -> str:
     """How to raise the evidence, where the artifact itself was not run."""
     lower = result.chosen is not None and result.chosen.verify.facts["evidence"] == "reference"
-    return (
-        f"{result.plan.target.tag} was not run here; to run it: {result.plan.hint}"
-        if lower and result.plan.hint
-        else ""
-    )
+    return f"{result.plan.target.tag} was not run here; {result.plan.hint}" if lower and result.plan.hint else ""
 
 
 def _fault(error: ModelForgeError) -> dict[str, Any]:

@@ -176,8 +176,9 @@ class _Steps:
         self._metric_need: dict[str, Source] = {} if intake.metric is None else {"metric": intake.metric}
         model = {"model": intake.recipe.model.name}
         data: dict[str, Step | Source] = {"samples": intake.samples}
+        sizes = {symbol: dim.usual for symbol, dim in intake.recipe.dims.items()}
         self.prepare = self._step(
-            "prepare", "prepare the model", {**model, "inputs": self._shapes}, {"model": intake.model}
+            "prepare", "prepare the model", {**model, "inputs": self._shapes, "sizes": sizes}, {"model": intake.model}
         )
         self.reference = self._step(
             "reference", "run the FP32 reference", {**model, "batch": intake.batch}, {"model": intake.model, **data}

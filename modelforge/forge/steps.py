@@ -25,12 +25,14 @@ CODE_VERSIONS = {"prepare": 1, "reference": 1, "baseline": 1, "lower": 1, "compi
 
 
 def prepare(context: Context) -> Result:
-    """Model -> the FP32 model that everything is lowered from. Params: model (file name), inputs, timeout."""
+    """Model -> the FP32 model that everything is lowered from. Params: model (file
+    name), inputs, sizes (of symbols, to run it with), timeout."""
     out = context.workdir / "prepared"
     request = {
         "model": str(context.folder("model") / context.params["model"]),
         "folder": str(out),
         "inputs": context.params["inputs"],
+        "sizes": context.params["sizes"],
     }
     facts = worker.call(
         "modelforge.forge.worker:prepare",

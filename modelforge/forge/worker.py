@@ -18,7 +18,7 @@ def prepare(request: Request) -> dict[str, Any]:
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: tuple(shape) for name, shape in request["inputs"].items()}
-    return asdict(prepare_model(Path(request["model"]), folder, inputs))
+    return asdict(prepare_model(Path(request["model"]), folder, inputs, sizes=request["sizes"]))
 
 
 def lower(request: Request) -> dict[str, Any]:

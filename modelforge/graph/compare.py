@@ -218,7 +218,11 @@ def _sizes_of(value: Any, shapes: Mapping[str, tuple[int | str, ...]], sizes: Ma
     )
 
 
-def _distance(reference: Array, value: Array, relative: float) -> Difference:
+def _distance(reference: Any, value: Any, relative: float) -> Difference:
+    if isinstance(reference, list):
+        return _sequence_distance(reference, value, relative)
+    if not isinstance(reference, np.ndarray):  # an optional that is empty, or a map of labels
+        return Difference(0.0, "" if reference == value else "has other values")
     if reference.shape != value.shape or reference.dtype != value.dtype:
         return Difference(
             float("inf"), f"is {value.dtype}{list(value.shape)}, not {reference.dtype}{list(reference.shape)}"
@@ -237,6 +241,14 @@ def _distance(reference: Array, value: Array, relative: float) -> Difference:
     largest = float(np.abs(exact - measured).max())
     allowed = ABSOLUTE + relative * float(np.abs(exact).max())
     return Difference(largest, f"differs by {largest:.3g}, allowed are {allowed:.3g}" if largest > allowed else "")
+
+
+def _sequence_distance(reference: list[Any], value: Any, relative: float) -> Difference:
+    if not isinstance(value, list) or len(value) != len(reference):
+        return Difference(float("inf"), "is a sequence of another length")
+    parts = [_distance(exact, measured, relative) for exact, measured in zip(reference, value, strict=True)]
+    largest = max((part.max_abs for part in parts), default=0.0)
+    return Difference(largest, next((part.reason for part in parts if part.reason), ""))
 
 
 def _head(error: Exception) -> str:

@@ -36,12 +36,12 @@ class ModelFacts:
 
     Attributes:
         opsets: version by domain; the standard domain is ``""``.
-        parameters: number of elements in the initializers.
+        parameters: number of elements in the initializers and in Constant nodes, where some exporters keep all weights.
         parameter_bytes: their size.
         flops: floating point operations of one inference at ``bound`` dimensions (a multiply-add counts as two),
             None where a shape is unknown.
         peak_activation_bytes: the largest sum of live activations over the graph's own order, None likewise.
-        bound: what the symbols were bound to for these two figures.
+        bound: what the symbols were bound to for these two figures; an unnamed size is called ``input[axis]``.
     """
 
     producer: str

@@ -21,26 +21,24 @@ LARGEST = 65504.0
 CARRIERS = ("If", "Loop", "Scan")
 """Operators whose own type is that of their bodies."""
 
-DTYPE_ATTRIBUTES = {
-    "Cast": "to",
-    "EyeLike": "dtype",
-    "RandomNormal": "dtype",
-    "RandomNormalLike": "dtype",
-    "RandomUniform": "dtype",
-    "RandomUniformLike": "dtype",
-    "Bernoulli": "dtype",
-}
-"""Operators whose output type is an attribute."""
+_OUTPUT_BY_ATTRIBUTE = {"Cast", "ConstantOfShape"}
+"""Operators whose output type is an attribute, which the conversion rewrites."""
 
-_OUTPUT_BY_ATTRIBUTE = {*DTYPE_ATTRIBUTES, "ConstantOfShape"}
+_NO_KERNEL = "ONNX Runtime's CPU has no FP16 for it, and no FP32 input to cast"
+
+_NO_REDUCTION = "ONNX Runtime's CPU has no FP16 for it with a reduction"
 
 _KEPT_OPS = {
     "QuantizeLinear": "a quantization scale loses its digits in FP16",
     "DequantizeLinear": "a quantization scale loses its digits in FP16",
     "DynamicQuantizeLinear": "a quantization scale loses its digits in FP16",
     "Constant": "a constant that is itself an output",
+    "BitCast": "its type is its width in bits",
+    "MeanVarianceNormalization": "its definition has FP32 constants",
     "Range": "counts; FP16 has no integers above 2048",
     "CastLike": "its type is another tensor's",
+    **dict.fromkeys(("EyeLike", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"), _NO_KERNEL),
+    **dict.fromkeys(("Bernoulli", "Multinomial"), _NO_KERNEL),
 }
 
 _FLOAT_INPUTS = {("Resize", 1), ("Resize", 2), ("Upsample", 1)}
@@ -65,8 +63,8 @@ class Plan:
 
 def plan_node(node: onnx_ir.Node, opset: int) -> Plan:
     """Decide from the node's operator and the types of its values alone."""
-    inputs = {place for place, value in enumerate(node.inputs) if value is not None and value.dtype == FLOAT}
-    outputs = {place for place, value in enumerate(node.outputs) if value.name and value.dtype == FLOAT}
+    inputs = {place for place, value in enumerate(node.inputs) if value is not None and is_float(value)}
+    outputs = {place for place, value in enumerate(node.outputs) if value.name and is_float(value)}
     if not inputs and not outputs:
         return Plan(False)
     if any(value is not None and value.type is None for value in node.inputs):
@@ -77,9 +75,16 @@ def plan_node(node: onnx_ir.Node, opset: int) -> Plan:
         return Plan(False, f"operator of the domain {node.domain}")
     if node.op_type in _KEPT_OPS:
         return Plan(False, _KEPT_OPS[node.op_type])
+    if node.op_type in ("ScatterElements", "ScatterND") and node.attributes.get_string("reduction", "none") != "none":
+        return Plan(False, _NO_REDUCTION)
     if any(not isinstance(value.type, onnx_ir.TensorType) for value in _present(node) if value.type is not None):
         return Plan(False, "a sequence or an optional keeps its element type")
     return _by_schema(node, opset, inputs, outputs)
+
+
+def is_float(value: onnx_ir.Value) -> bool:
+    """Whether the value is an FP32 tensor; onnx-ir gives a sequence the type of its elements."""
+    return isinstance(value.type, onnx_ir.TensorType) and value.type.dtype == FLOAT
 
 
 def unfit(value: onnx_ir.Value) -> str:

@@ -47,7 +47,7 @@ class PrepareReport:
     Attributes:
         passes: of each graph pass, whether it changed the model.
         simplify: ``kept``, or ``discarded: reason``.
-        opset: the standard domain's version in the result.
+        opset: the standard domain's version in the result, 0 where it uses no standard operator.
         opset_raised: ``no``, ``from N``, or ``discarded: reason``.
         max_abs_diff: largest absolute difference of any output, prepared against original, on random inputs.
         sizes: the sizes that the open dimensions had in that comparison, one entry a sample.
@@ -109,7 +109,7 @@ def prepare(
     return PrepareReport(
         passes=passes,
         simplify=verdict,
-        opset=graph.opset_imports[""],
+        opset=graph.opset_imports.get("", 0),
         opset_raised=opset_raised,
         max_abs_diff=difference.max_abs,
         sizes=tuple(sample.sizes for sample in samples),

@@ -83,15 +83,23 @@ def link_shared(
     # Relative names and one folder: the linker makes symbols out of the name of an embedded file.
     names = [_beside(path, workdir) for path in objects]
     flags = [flag.format(name=out.name) for flag in _LINK_FLAGS]
-    embedded = [f"--format=binary,{_beside(embed, workdir)},--format=default"] if embed else []
     if tool.driver:
+        if embed:
+            names.append(_embedded_object(tool, _beside(embed, workdir), workdir))
         arguments = ["-shared", "-nostdlib", *(f"-Wl,{flag}" for flag in _paired(flags[1:])), "-o", out.name, *names]
-        arguments += [f"-Wl,{part}" for part in embedded]
     else:
-        arguments = ["-m", _EMULATION[isa], *flags, "-o", out.name, *names]
-        arguments += [word for part in embedded for word in part.split(",")]
+        embedded = ["--format=binary", _beside(embed, workdir), "--format=default"] if embed else []
+        arguments = ["-m", _EMULATION[isa], *flags, "-o", out.name, *names, *embedded]
     _run([*tool.link, *arguments], out, workdir, _LINK_SECONDS, tool)
     return _neutral([*tool.link, *arguments])
+
+
+def _embedded_object(tool: Tool, name: str, workdir: Path) -> str:
+    """An object file with the bytes of a file: GNU ld exports no symbol of a file that it reads as binary itself."""
+    made = f"{name}.o"
+    arguments = ["-nostdlib", "-r", "-o", made, f"-Wl,--format=binary,{name},--format=default"]
+    _run([*tool.link, *arguments], workdir / made, workdir, _LINK_SECONDS, tool)
+    return made
 
 
 def compile_program(

@@ -171,7 +171,7 @@ def test_op_that_a_compiler_lacks(forge: Forge, digits: Path) -> None:
     onnx.save(model, digits / "model.onnx")
     text = (digits / "recipe.toml").read_text()
     (digits / "recipe.toml").write_text(text.replace('"top1"', '"cosine"'))
-    edit_targets(digits, {"cortex-a76": ["fp32"]})
+    edit_targets(digits, {"cortex-a76": ["fp32"]}, 'compiler = "tvm"')
     refused(forge, digits, 2, "Det", "my_det")
 
 

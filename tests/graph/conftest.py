@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,3 @@ def conv_model(tmp_path: Path) -> Path:
     shape = [-1, 3, 8, 8]
     graph = make_graph(nodes, [("x", TensorProto.FLOAT, shape)], [("y", TensorProto.FLOAT, [-1, 4, 8, 8])], weights)
     return write_model(tmp_path / "conv.onnx", graph)
-
-
-WriteModel = Callable[..., Path]

@@ -1,4 +1,4 @@
-"""Facts of real models against figures known otherwise, and the traps: unnamed dims, foldable nodes, bodies, no weights."""
+"""Facts of real models against figures known otherwise, and the traps: unnamed dims, foldable nodes, bodies."""
 
 from __future__ import annotations
 

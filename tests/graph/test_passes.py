@@ -68,7 +68,7 @@ def _norm_model(
 @pytest.mark.parametrize(
     ("layer", "weights", "x", "channels"),
     [
-        (helper.make_node("Conv", ["x", "w"], ["c"]), {"w": (6, 2, 3, 3)}, [2, 4, 7, 7], 6),
+        (helper.make_node("Conv", ["x", "w"], ["c"]), {"w": (6, 4, 3, 3)}, [2, 4, 7, 7], 6),
         (helper.make_node("Conv", ["x", "w", "b"], ["c"], group=2), {"w": (6, 2, 3, 3), "b": (6,)}, [2, 4, 7, 7], 6),
         (helper.make_node("ConvTranspose", ["x", "w", "b"], ["c"]), {"w": (4, 6, 3, 3), "b": (6,)}, [2, 4, 7, 7], 6),
         (helper.make_node("ConvTranspose", ["x", "w"], ["c"], group=2), {"w": (4, 3, 3, 3)}, [2, 4, 7, 7], 6),

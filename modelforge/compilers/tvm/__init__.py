@@ -80,7 +80,7 @@ class TvmCompiler:
             files={ARTIFACT: library, **device.files},
             commands=(_compile_command(request), link_command, *device.commands),
             requires=_requires(arch),
-            notes=("run it with: ./run -o OUTPUTS main.so NAME=FILE.npy (./run --describe main.so names its inputs)",),
+            notes=_notes(job.precision),
             report={
                 "signature": answer["signature"],
                 "kernels": answer["kernels"],
@@ -153,6 +153,11 @@ def _compile_command(request: Mapping[str, Any]) -> tuple[str, ...]:
     machine = request["machine"]
     attributes = [f"-mattr={','.join(machine['mattr'])}"] if machine["mattr"] else []
     return ("tvm.compile", "llvm", f"-mtriple={machine['triple']}", f"-mcpu={machine['mcpu']}", *attributes)
+
+
+def _notes(precision: str) -> tuple[str, ...]:
+    usage = "run it with: ./run -o OUTPUTS main.so NAME=FILE.npy; ./run --describe main.so names its inputs"
+    return (usage, "convolutions and matrix products add up in fp16") if precision == "fp16" else (usage,)
 
 
 def _requires(arch: CpuArchitecture) -> str:

@@ -476,8 +476,9 @@ int main(int argc, char **argv) {
     return 2;
   }
   load_runtime();
-  char *path = realpath(argv[at], NULL);
-  if (path == NULL) fail(1, "cannot open %s: %s", argv[at], strerror(errno));
+  char path[PATH_MAX]; /* with a slash, or the loader would search its own folders */
+  snprintf(path, sizeof path, "%s%s", strchr(argv[at], '/') == NULL ? "./" : "", argv[at]);
+  if (access(path, R_OK) != 0) fail(1, "cannot open %s: %s", argv[at], strerror(errno));
   char *description = read_description(path);
   if (describe) {
     fputs(description, stdout);

@@ -45,7 +45,9 @@ def _inline(sch: Any) -> None:
 
 
 def _elementwise(sch: Any, block: Any, lanes: int, cores: int) -> None:
-    loops = [loop for loop in sch.get_loops(block) if _extent(sch, loop) > 1]
+    loops = sch.get_loops(block)
+    while loops and _extent(sch, loops[-1]) == 1:
+        loops = loops[:-1]
     if not loops:
         return
     work = prod(_extent(sch, loop) for loop in loops)
@@ -87,10 +89,15 @@ def _reduce(sch: Any, block: Any, lanes: int) -> None:
         outer.append(rest)
         inner.append(tile)
     sch.reorder(*outer, *reduction, *inner)
+    # The tile's sums in a buffer of its own, small and fully unrolled: LLVM keeps it in registers.
+    write = sch.cache_write(block, 0, "local")
+    sch.reverse_compute_at(write, outer[-1], preserve_unit_loops=True)
+    copies = sch.get_loops(write)[len(outer) :]
     if width > 1:
         sch.vectorize(inner[-1])
-        inner = inner[:-1]
-    for loop in inner:
+        sch.vectorize(copies[-1])
+        inner, copies = inner[:-1], copies[:-1]
+    for loop in (*inner, *copies):
         sch.unroll(loop)
     _spread(sch, outer, work)
     # Last: the block that remains for the updates alone can no longer be made parallel.

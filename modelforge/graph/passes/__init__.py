@@ -14,7 +14,6 @@ from modelforge.graph.passes.batchnorm import FoldBatchNormalization
 from modelforge.graph.passes.cleanup import (
     InferShapes,
     LiftConstants,
-    MergeEqualInitializers,
     RemoveDeadNodes,
     RemoveIdentities,
     RemoveInitializerInputs,
@@ -28,7 +27,6 @@ __all__ = [
     "FoldBatchNormalization",
     "InferShapes",
     "LiftConstants",
-    "MergeEqualInitializers",
     "RemoveDeadNodes",
     "RemoveIdentities",
     "RemoveInitializerInputs",

@@ -48,13 +48,16 @@ def _fold(norm: onnx_ir.Node) -> bool:
     bias = None if bias_value is None else _constant(bias_value)
     if weight is None or any(value is None for value in statistics) or (bias_value is not None and bias is None):
         return False
+    # A Gemm's C may also be [M, N] or [M, 1]: then it differs by row, and no bias by channel stands for it.
+    if bias is not None and not (bias.size == 1 or bias.shape[-1] == bias.size):
+        return False
     scale, shift, mean, variance = (np.asarray(value, np.float64) for value in statistics)
     factor = scale / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
     folded = _scaled_weight(layer, weight.astype(np.float64), factor)
     if folded is None:
         return False
-    offset = np.zeros_like(mean) if bias is None else bias.astype(np.float64) * _beta(layer)
-    folded_bias = np.broadcast_to((offset - mean) * factor + shift, factor.shape)
+    offset = np.zeros(1) if bias is None else bias.astype(np.float64).reshape(-1) * _beta(layer)
+    folded_bias = (offset - mean) * factor + shift
     with np.errstate(over="ignore"):  # looked at in the next line
         arrays = [folded.astype(weight.dtype), folded_bias.astype(weight.dtype)]
     if not all(np.isfinite(array).all() for array in arrays):

@@ -5,8 +5,13 @@ Where onnx-ir has the pass, it is used; each class here says what it adds.
 
 from __future__ import annotations
 
+import onnx
+import onnx.shape_inference
 import onnx_ir
 from onnx_ir.passes import InPlacePass, PassResult, common
+
+_LARGE = 8192
+"""Bytes; what shape arithmetic reads is far smaller."""
 
 
 class LiftConstants(InPlacePass):
@@ -62,13 +67,6 @@ class RemoveDeadNodes(InPlacePass):
         return PassResult(model, modified)
 
 
-class MergeEqualInitializers(InPlacePass):
-    """Keep one of several initializers with the same bytes."""
-
-    def call(self, model: onnx_ir.Model) -> PassResult:
-        return common.DeduplicateInitializersPass(size_limit=1 << 20)(model)
-
-
 class RemoveUnusedOpsets(InPlacePass):
     """Drop operator domains that no node uses: a compiler that does not know one refuses the model."""
 
@@ -101,7 +99,58 @@ class InferShapes(InPlacePass):
     """Write down every shape that follows from the inputs'. Where onnx cannot tell, the shape stays open."""
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        return common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(
+                _without_weights(model), check_type=False, strict_mode=False, data_prop=True
+            )
+        except Exception:  # an operator that is unknown, or a graph that contradicts itself: shapes stay open
+            return PassResult(model, False)
+        result = onnx_ir.serde.deserialize_model(inferred)
+        modified = [_take_types(old, new) for old, new in zip(model.graphs(), result.graphs(), strict=True)]
+        return PassResult(model, any(modified))
+
+
+def _without_weights(model: onnx_ir.Model) -> onnx.ModelProto:
+    """The protobuf with large weights as references to nowhere: inference over 2 GiB gives an empty graph (#6150)."""
+    large = {
+        value: value.const_value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > _LARGE
+    }
+    try:
+        for value, tensor in large.items():
+            value.const_value = onnx_ir.ExternalTensor(
+                "none",
+                0,
+                0,
+                onnx_ir.DataType(tensor.dtype),
+                shape=onnx_ir.Shape(list(tensor.shape.numpy())),
+                name=str(value.name),
+            )
+        return onnx_ir.to_proto(model)
+    finally:
+        for value, tensor in large.items():
+            value.const_value = tensor
+
+
+def _take_types(graph: onnx_ir.Graph, inferred: onnx_ir.Graph) -> bool:
+    """Take shapes and types over by name. (onnx-ir's own pass makes a tensor of an inferred sequence.)"""
+    modified = False
+    known = {value.name: value for value in _values(inferred)}
+    for value in _values(graph):
+        new = known.get(value.name)
+        if new is None or not value.name:
+            continue
+        if new.shape is not None and value.shape != new.shape:
+            value.shape, modified = new.shape, True
+        if new.type is not None and value.type != new.type:
+            value.type, modified = new.type, True
+    return modified
+
+
+def _values(graph: onnx_ir.Graph) -> list[onnx_ir.Value]:
+    return [*graph.inputs, *(value for node in graph for value in node.outputs)]
 
 
 def _remove_identity(node: onnx_ir.Node) -> bool:

@@ -80,6 +80,23 @@ def conv_net(dtype: str = "float32") -> onnx.ModelProto:
     )
 
 
+def squeezenet() -> onnx.ModelProto:
+    """The SqueezeNet that onnx carries, with random weights: its own are all the same number."""
+    model = onnx.load(Path(onnx.__file__).parent / "backend/test/data/light/light_squeezenet.onnx")
+    rng = np.random.default_rng(5)
+    shapes = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kept = [node for node in model.graph.node if node.op_type != "ConstantOfShape"]
+    for node in model.graph.node:
+        if node.op_type == "ConstantOfShape":
+            shape = tuple(int(size) for size in shapes[node.input[0]])
+            scale = (2 / max(1, np.prod(shape[1:]))) ** 0.5
+            weight = (rng.standard_normal(shape) * scale).astype(np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
+
+
 def make_model(
     nodes: list[onnx.NodeProto],
     inputs: list[onnx.ValueInfoProto],
