@@ -8,13 +8,13 @@ import nox
 
 nox.options.sessions = ["lint", "types", "imports", "tests"]
 nox.options.reuse_existing_virtualenvs = True
-nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.default_venv_backend = "virtualenv"  # brings pip, which fetches the arm64 runtime
 
 # Real models come in these wheels; --no-deps, as their own runtimes are not wanted.
 MODEL_WHEELS = ["rapidocr-onnxruntime>=1.4", "rapidocr>=3", "magika>=1", "nudenet>=3.4", "silero-vad>=6"]
 TEST_TOOLS = ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.5", "pillow>=10.1"]
 LINT_TOOLS = ["ruff>=0.9"]
-TYPE_TOOLS = ["mypy>=1.14", "types-protobuf"]
+TYPE_TOOLS = ["mypy>=1.14"]
 
 
 def _install_all(session: nox.Session) -> None:

@@ -274,7 +274,7 @@ What `modelforge build` makes of real models. Written by `nox -s docs` (docs/mak
 on {platform.machine()}, with {tools}.
 
 - **SQNR, agreement**: against the user's own FP32 model in ONNX Runtime on the same inputs ({SAMPLES} of them, fewer
-  under qemu for large models); photographs, rendered text and real files. A variant passes at 60 dB for fp32, 35 dB for
+  under qemu for large models); photographs, rendered text and real files. A variant passes at 60 dB for fp32, 30 dB for
   fp16, and a cosine that drops by no more than 0.001.
 - **evidence**: `device`, the artifact itself ran on such a machine; `emulator`, it ran under qemu; `reference`, it was
   not run: the model that the compiler was given ran in ONNX Runtime. No GPU has run any of these engines.

@@ -104,6 +104,8 @@ def make_plan(path: Path, *, tags: Sequence[str] = (), allow_deferred: bool = Fa
     registry = Registry([recipe.folder / "targets"])
     places = [recipe.where("target", recipe.targets.index(section), "tag") for section in sections]
     targets = [registry.get(section.tag, where=where) for section, where in zip(sections, places, strict=True)]
+    for index, tag in enumerate(recipe.serving.fallback):
+        registry.get(tag, where=recipe.where("serving", "fallback", index))
     require_build_extra()
     intake = take_in(recipe)
     steps = _Steps(intake)

@@ -78,6 +78,7 @@ def test_missing_external_data(forge: Forge, digits: Path) -> None:
         ('"evaluation.npz"', '"evalation.npz"', "evalation.npz"),
         ('metric   = "top1"', 'metric   = "tpo1"', 'did you mean "top1"?'),
         ("schema  = 1", "schema  = 2", "schema"),
+        ('["cortex-a76", "t4", "a100"]', '["cortex-a76", "t4", "a10"]', 'there is no target "a10"'),
     ],
 )
 def test_recipe_faults(forge: Forge, digits: Path, edit: Edit, old: str, new: str, said: str) -> None:

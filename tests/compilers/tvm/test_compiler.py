@@ -110,7 +110,37 @@ def test_cortex_a76_under_qemu(build: Build, tmp_path: Path) -> None:
     assert ran.evidence == "emulator"
     assert ran.latency == {}, "an emulator's time is no latency"
     assert "qemu-aarch64" in ran.notes[0]
-    assert "max" in ran.notes[0]
+    assert str(cortex_a76().arch.qemu_cpu) in ran.notes[0]
+
+
+# QEMU's model of the very CPU stops at an instruction that the CPU does not have.
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "cortex-a53",
+        pytest.param("cortex-a72", marks=pytest.mark.slow),
+        pytest.param("neoverse-n1", marks=pytest.mark.slow),
+    ],
+)
+def test_other_arm_processors_under_qemu(build: Build, tmp_path: Path, tag: str) -> None:
+    needs_qemu()
+    arrays = _samples(3)
+    made = build(conv_net(), Registry().get(tag), dims={"batch": Dim(values=(4,))})
+    got, ran = made.run(arrays, tmp_path, 4)
+    _assert_same(got, _reference(made.model, arrays), 1e-5)
+    assert ran.evidence == "emulator"
+
+
+def test_the_x86_64_profile_runs_here(build: Build, tmp_path: Path) -> None:
+    target = Registry().get("x86-64")
+    if TvmCompiler().runner(target) is None:
+        pytest.skip(TvmCompiler().runner_hint(target))
+    arrays = _samples(3)
+    made = build(conv_net(), target, dims={"batch": Dim(values=(4,))})
+    got, ran = made.run(arrays, tmp_path, 4)
+    _assert_same(got, _reference(made.model, arrays), 1e-5)
+    assert ran.evidence == "device"
 
 
 @pytest.mark.qemu
