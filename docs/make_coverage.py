@@ -124,8 +124,8 @@ def _normalise(model: onnx.ModelProto) -> None:
         found = session.run(None, {data: photograph, **values})
         after = {}
         for node, array in zip(layers, found, strict=True):
-            after[node.input[3]] = array.mean((0, 2, 3))
-            after[node.input[4]] = array.var((0, 2, 3)) + 1e-3
+            after[node.input[3]] = array.mean((0, 2, 3), dtype=np.float64).astype(np.float32)
+            after[node.input[4]] = (array.var((0, 2, 3), dtype=np.float64) + 1e-3).astype(np.float32)
         settled = all(np.allclose(after[name], values[name], rtol=0.02, atol=0.02) for name in after)
         values = after
         if settled:

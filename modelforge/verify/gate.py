@@ -14,7 +14,8 @@ from modelforge.verify.metrics import Comparison, LabelMetric, Outputs, compare,
 
 # What a precision must reach beside the recipe's metric, where the recipe says nothing: (SQNR in dB, agreement).
 # FP16 has an 11-bit significand: single operations round at 66 dB; real networks reach 45 to 77 dB in ONNX Runtime, and
-# text detectors, whose error sits on the few pixels of steep edges, 32 dB. INT8 networks with their accuracy intact reach 9 to 30 dB. FP32 differs by the order of its sums only.
+# text detectors, whose error sits on the few pixels of steep edges, 32 dB. INT8 networks with their accuracy intact
+# reach 9 to 30 dB. FP32 differs by the order of its sums only.
 FLOORS = {"fp32": (60.0, 0.999), "fp16": (30.0, 0.99), "int8": (9.0, 0.95), "mixed": (9.0, 0.95)}
 
 
