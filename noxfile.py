@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -13,19 +14,22 @@ nox.options.default_venv_backend = "virtualenv"  # brings pip, which fetches the
 # Real models come in these wheels; --no-deps, as their own runtimes are not wanted.
 MODEL_WHEELS = ["rapidocr-onnxruntime>=1.4", "rapidocr>=3", "magika>=1", "nudenet>=3.4", "silero-vad>=6"]
 TEST_TOOLS = ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.5", "pillow>=10.1"]
+# pyproject.toml has ranges; what these sessions install is fixed.
+LOCKED = ["-c", "constraints.txt"]
 LINT_TOOLS = ["ruff>=0.9"]
 TYPE_TOOLS = ["mypy>=1.14"]
+IMPORT_TOOLS = ["import-linter>=2"]
 
 
 def _install_all(session: nox.Session) -> None:
-    session.install("-e", ".[build,tensorrt-rtx]", *TEST_TOOLS)
-    session.install("--no-deps", *MODEL_WHEELS)
+    session.install(*LOCKED, "-e", ".[build,tensorrt-rtx]", *TEST_TOOLS)
+    session.install(*LOCKED, "--no-deps", *MODEL_WHEELS)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and formatting."""
-    session.install(*LINT_TOOLS)
+    session.install(*LOCKED, *LINT_TOOLS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -33,14 +37,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict over the package."""
-    session.install("-e", ".[build]", *TYPE_TOOLS)
+    session.install(*LOCKED, "-e", ".[build]", *TYPE_TOOLS)
     session.run("mypy")
 
 
 @nox.session
 def imports(session: nox.Session) -> None:
     """The import contract: downwards only, and the deployer's rooms stay light."""
-    session.install("-e", ".", "import-linter>=2")
+    session.install(*LOCKED, "-e", ".", *IMPORT_TOOLS)
     session.run("lint-imports")
 
 
@@ -61,7 +65,7 @@ def slow(session: nox.Session) -> None:
 @nox.session
 def light(session: nox.Session) -> None:
     """The deployer's install: no extras, no numpy; `inspect`, `verify` and `targets` work."""
-    session.install(".", "pytest>=8")
+    session.install(*LOCKED, ".", "pytest>=8")
     session.run("pytest", "tests/light", *session.posargs)
 
 
@@ -69,7 +73,7 @@ def light(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """The figures in the docs, measured here."""
     _install_all(session)
-    session.install("polygraphy>=0.49")
+    session.install(*LOCKED, "polygraphy>=0.49")
     session.run("python", "benchmarks/startup.py")
     session.run("python", "benchmarks/rebuild.py")
 
@@ -81,3 +85,15 @@ def docs(session: nox.Session) -> None:
     session.run(
         "python", "docs/make_coverage.py", *session.posargs, env={"MODELFORGE_HOME": os.path.abspath("build/home")}
     )
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Write constraints.txt anew, from the newest releases that the ranges allow."""
+    session.install(
+        "-e", ".[build,tensorrt-rtx]", *TEST_TOOLS, *LINT_TOOLS, *TYPE_TOOLS, *IMPORT_TOOLS, "polygraphy>=0.49"
+    )
+    session.install("--no-deps", *MODEL_WHEELS)
+    frozen = session.run("python", "-m", "pip", "freeze", "--exclude-editable", silent=True)
+    head = "# What CI installs, so that a new release of somebody else's does not break it. Renew: nox -s lock\n"
+    Path("constraints.txt").write_text(head + str(frozen), encoding="utf-8")

@@ -232,8 +232,10 @@ def test_every_command_helps_with_an_example(forge: Forge, command: str) -> None
 
 def test_init_writes_a_recipe_that_plans(forge: Forge, digits: Path) -> None:
     (digits / "recipe.toml").unlink()
+    written = forge("init", digits / "model.onnx", "-o", digits / "other.toml", "--json").json
     done = forge("init", digits / "model.onnx")
     assert done.code == 0, done.err
+    assert (digits / "recipe.toml").read_text() == written["recipe"]
     np.savez(digits / "evaluation.npz", x=np.load(digits / "evaluation.npz")["x"])
     done = forge("plan", digits)
     assert done.code == 0, done.err
@@ -270,3 +272,12 @@ def test_two_builds_at_once_share_the_work(forge: Forge, digits: Path) -> None:
         forge.cwd / "two/digits-1.0.0/index.json"
     ).read_bytes()
     assert os.listdir(forge.home / "work") == []
+
+
+def test_without_qemu_the_evidence_is_lower_and_it_is_said_how_to_raise_it(forge: Forge, digits: Path) -> None:
+    edit_targets(digits, {"cortex-a76": ["fp32"]})
+    done = forge("plan", digits, "--json", PATH=str(forge.cwd))
+    assert done.code == 0, done.err
+    (variant,) = done.json["variants"]
+    assert variant["rungs"][0]["evidence"] == "reference"
+    assert "qemu-user-static" in variant["hint"]
