@@ -9,7 +9,7 @@ import importlib.util
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, field_validator, model_validator
 from pydantic import ValidationError as _Fault
@@ -87,8 +87,13 @@ class InputSection(_Strict):
 
 
 class CalibrationSection(_Strict):
+    """``floor`` is how many different samples there must be; ``allow`` lets pass, on record, what else is refused."""
+
     data: str
     samples: PositiveInt | None = None
+    floor: PositiveInt = 16
+    allow: tuple[Literal["few", "random", "constant"], ...] = ()
+    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
 
 
 class AccuracySection(_Strict):
@@ -131,6 +136,7 @@ class TargetSection(_Strict):
     precision: Annotated[tuple[Precision, ...], Field(min_length=1)]
     required: StrictBool = True
     compiler: str | None = None
+    prefer: Literal["ladder", "speed"] = "ladder"
 
     @field_validator("precision")
     @classmethod

@@ -9,12 +9,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.util
+import math
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from modelforge.errors import DataError, nearest
 from modelforge.graph.facts import TensorFacts
@@ -96,6 +97,59 @@ def write_samples(samples: Samples, path: Path) -> None:
     extra = {} if samples.labels is None else {LABEL: samples.labels}
     with path.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **dict(samples.arrays), **extra)
+
+
+def stream_samples(
+    path: Path, names: Sequence[str], step: int = 1
+) -> Iterator[tuple[int, dict[str, np.ndarray[Any, Any]]]]:
+    """The samples of an .npz, ``step`` at a time: (how many, arrays by name, ``[how many, ...]``). Never read whole.
+
+    Arrays of other names (``label``) are left alone.
+
+    Raises:
+        DataError: an array is missing or is no plain array in C order, they differ in length, the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = set(archive.namelist())
+            for name in names:
+                if f"{name}.npy" not in members:
+                    raise DataError(f"no array for the input {name}", where=path.name)
+            columns = [_Column(name, archive.open(f"{name}.npy")) for name in names]
+            total = {column.name: column.rows for column in columns}
+            if len(set(total.values())) > 1:
+                raise DataError(f"the inputs differ in their number of samples: {total}", where=path.name)
+            rows = columns[0].rows if columns else 0
+            for begin in range(0, rows, step):
+                count = min(step, rows - begin)
+                yield count, {column.name: column.read(count) for column in columns}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"the samples cannot be read: {error}", where=path.name) from error
+
+
+class _Column:
+    """One array of an archive, read row by row, never whole (numpy.lib.format, NPY version 1 to 3)."""
+
+    def __init__(self, name: str, stream: IO[bytes]) -> None:
+        import numpy as np
+
+        self.name = name
+        self._stream = stream
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, self._dtype = read_header(stream)
+        if not shape or self._dtype.hasobject or (fortran and len(shape) > 1):
+            raise DataError(f"array {name} is not [samples, ...] of plain numbers in C order")
+        self.rows, self._row = shape[0], shape[1:]
+
+    def read(self, count: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        size = count * math.prod(self._row) * self._dtype.itemsize
+        data = self._stream.read(size)
+        if len(data) != size:
+            raise EOFError(f"array {self.name} ends early")
+        return np.frombuffer(data, self._dtype).reshape(count, *self._row)
 
 
 class _Reader:

@@ -22,8 +22,11 @@ COMMANDS = {
     "build": "build a bundle from a recipe",
     "inspect": "show what is in a bundle or an ONNX model",
     "verify": "check a bundle's digests, and run its golden samples where possible",
+    "report": "show how each variant was judged, on the terminal or as one HTML page",
     "targets": "list the target profiles",
     "doctor": "tell which toolchains are here, and how to get the others",
+    "calibrate": "measure the ranges of a model's activations, or merge range tables",
+    "quantize": "write the INT8 (QDQ) form of a model in one dialect",
     "cache": "list, prune or verify the cache",
 }
 

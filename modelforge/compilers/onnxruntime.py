@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
@@ -34,7 +35,6 @@ class OnnxRuntimeCompiler:
 
     name = "onnxruntime"
     title = "ONNX Runtime"
-    dialect = "onnxruntime-x86"
     code_version = "1"
 
     def probe(self) -> Toolchain | Missing:
@@ -43,6 +43,10 @@ class OnnxRuntimeCompiler:
             return Toolchain({"onnxruntime": importlib.metadata.version("onnxruntime")})
         except importlib.metadata.PackageNotFoundError:
             return Missing("onnxruntime is not installed", "pip install 'modelforge[build]'")
+
+    def dialect(self, target: Target) -> str:
+        is_arm = isinstance(target.arch, CpuArchitecture) and target.arch.isa == "aarch64"
+        return "onnxruntime-arm" if is_arm else "onnxruntime-x86"
 
     def supports(
         self,
@@ -126,6 +130,24 @@ class OnnxRuntimeCompiler:
         # Its aarch64 wheel (1.32) ends in a segmentation fault under qemu 7.2, so there is no emulator to offer.
         emulated = "; its aarch64 wheel does not run under qemu" if target.arch.isa == "aarch64" else ""
         return f"{reason}: run `modelforge verify` on such a machine{emulated}"
+
+    def race(self, first: RunJob, second: RunJob) -> tuple[float, float] | None:
+        """Both in one child process, on one thread, round by round; None where this is no such machine."""
+        if self.runner(first.target) is None:
+            return None
+        models = []
+        for name, job in (("first", first), ("second", second)):
+            own = job.workdir / name
+            own.mkdir(exist_ok=True)
+            models.append(str(_model_beside_its_data(replace(job, workdir=own))))
+        timed = worker.call(
+            "modelforge.compilers.onnxruntime_worker:race",
+            {"models": models, "inputs": str(first.inputs), "batch": first.batch, "threads": 1},
+            workdir=first.workdir,
+            timeout=first.timeout,
+            what=f"ONNX Runtime, timing two artifacts for {first.target.tag}",
+        )
+        return timed["p50_ms"][0], timed["p50_ms"][1]
 
     def run(self, job: RunJob) -> Ran:
         """Run the artifact in a child process, on one thread.

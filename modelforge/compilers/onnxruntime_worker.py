@@ -5,23 +5,57 @@ Also the reference run: FP32 baselines and lowered models are run by :func:`run_
 
 from __future__ import annotations
 
-import math
 import re
+import statistics
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from modelforge.errors import BuildError, ModelForgeError, UnsupportedError
-from modelforge.samples import is_batched
+from modelforge.errors import BuildError, DataError, ModelForgeError, UnsupportedError
+from modelforge.samples import is_batched, stream_samples
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _EXTERNAL_ABOVE = 1_500_000_000
 """Bytes of weights above which they go beside the model: a protobuf message ends at 2 GiB."""
+
+
+def race(request: dict[str, Any]) -> dict[str, Any]:
+    """Median milliseconds of several models on the same batch, in interleaved rounds: what else the machine does hits
+    all of them alike. Request: models, inputs (.npz), batch, threads. Rounds until two seconds are spent, 10 to 200.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = request["threads"]
+    # A waiting pool that spins would take the core from the other session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    sessions = [ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in request["models"]]
+    inputs = sessions[0].get_inputs()
+    _, arrays = next(_batches(Path(request["inputs"]), [each.name for each in inputs], request["batch"]))
+    feeds = {each.name: _one_feed(arrays[each.name], each.shape) for each in inputs}
+    times: list[list[float]] = [[] for _ in sessions]
+    begun = time.perf_counter()
+    for turn in range(_ROUNDS[1]):
+        for session, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(None, feeds)
+            taken.append((time.perf_counter() - start) * 1000)
+        if turn + 1 >= _ROUNDS[0] and time.perf_counter() - begun > 2:
+            break
+    # The first round warms caches and allocators up.
+    return {"p50_ms": [round(statistics.median(taken[1:]), 4) for taken in times], "rounds": len(times[0]) - 1}
+
+
+def _one_feed(array: Array, shape: list[Any]) -> Array:
+    """A batch as it goes into a session: without the axis of samples where the model has none."""
+    return array if is_batched([size if isinstance(size, int) else "?" for size in shape]) else array[0]
+
+
+_ROUNDS = (10, 200)
 
 
 def optimise(request: dict[str, Any]) -> dict[str, Any]:
@@ -218,48 +252,12 @@ def _count_nodes(model: Path) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-# -- .npz, streamed
-
-
 def _batches(path: Path, names: list[str], step: int) -> Iterator[tuple[int, dict[str, Array]]]:
-    """The samples of an archive, ``step`` at a time: (how many, arrays by name)."""
+    """The samples of an archive. They were checked when the recipe was read: what is wrong now is a failed step."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = set(archive.namelist())
-            for name in names:
-                if f"{name}.npy" not in members:
-                    raise BuildError(f"no array for the input {name}", where=path.name)
-            columns = [_Column(name, archive.open(f"{name}.npy")) for name in names]
-            total = {column.name: column.rows for column in columns}
-            if len(set(total.values())) > 1:
-                raise BuildError(f"the inputs differ in their number of samples: {total}", where=path.name)
-            rows = columns[0].rows if columns else 0
-            for begin in range(0, rows, step):
-                count = min(step, rows - begin)
-                yield count, {column.name: column.read(count) for column in columns}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise BuildError(f"the samples cannot be read: {error}", where=path.name) from error
-
-
-class _Column:
-    """One array of an archive, read row by row, never whole (numpy.lib.format, NPY version 1 to 3)."""
-
-    def __init__(self, name: str, stream: IO[bytes]) -> None:
-        self.name = name
-        self._stream = stream
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, self._dtype = read_header(stream)
-        if not shape or self._dtype.hasobject or (fortran and len(shape) > 1):
-            raise BuildError(f"array {name} is not [samples, ...] of plain numbers in C order")
-        self.rows, self._row = shape[0], shape[1:]
-
-    def read(self, count: int) -> Array:
-        size = count * math.prod(self._row) * self._dtype.itemsize
-        data = self._stream.read(size)
-        if len(data) != size:
-            raise EOFError(f"array {self.name} ends early")
-        return np.frombuffer(data, self._dtype).reshape(count, *self._row)
+        yield from stream_samples(path, names, step)
+    except DataError as error:
+        raise BuildError(error.what, where=error.where) from error
 
 
 def _write_npz(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -126,13 +126,14 @@ class Compiler(Protocol):
 
     name: str
     title: str
-    dialect: str
-    """How it wants quantization written."""
     code_version: str
     """Raised whenever the same inputs would give another artifact: part of the content key."""
 
     def probe(self) -> Toolchain | Missing:
         """Say what is installed, without importing it. Costs milliseconds."""
+
+    def dialect(self, target: Target) -> str:
+        """How it wants quantization written for this target: a name of :mod:`modelforge.quantize.dialects`."""
 
     def supports(
         self,
@@ -157,6 +158,13 @@ class Compiler(Protocol):
 
     def runner_hint(self, target: Target) -> str:
         """How to raise the evidence on this machine, for notes and ``doctor``; empty where it is the best."""
+
+    def race(self, first: RunJob, second: RunJob) -> tuple[float, float] | None:
+        """Median milliseconds that two artifacts take for one batch of the first samples, in interleaved rounds.
+
+        None where this machine cannot time them side by side as the device would run them. ``outputs`` of the jobs is
+        not written.
+        """
 
     def run(self, job: RunJob) -> Ran:
         """Run the compiled artifact here, in a child process.

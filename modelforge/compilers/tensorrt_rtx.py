@@ -69,7 +69,6 @@ class TensorRtRtxCompiler:
 
     name = "tensorrt-rtx"
     title = "NVIDIA TensorRT-RTX"
-    dialect = "tensorrt"
     code_version = "1"
 
     def probe(self) -> Toolchain | Missing:
@@ -82,6 +81,10 @@ class TensorRtRtxCompiler:
             return Missing("its package is here without the module tensorrt_rtx", f"{fix} --force-reinstall")
         untested = () if version.startswith("1.7.") else (f"TensorRT-RTX {version} is untested; 1.7 is known to work",)
         return Toolchain({"tensorrt_rtx": version}, warnings=untested)
+
+    def dialect(self, target: Target) -> str:
+        del target
+        return "tensorrt"
 
     def supports(
         self,
@@ -162,6 +165,11 @@ class TensorRtRtxCompiler:
             f"run on a GPU of compute capability {capability} with TensorRT-RTX 1.7: "
             "needs `modelforge finalize` / verify on the device, not built yet"
         )
+
+    def race(self, first: RunJob, second: RunJob) -> tuple[float, float] | None:
+        """Not timed in this version."""
+        del first, second
+        return None
 
     def run(self, job: RunJob) -> Ran:
         """Always refused; see :meth:`runner`."""

@@ -62,7 +62,7 @@ def build(
     built = run_plan(plan, store, reporter, jobs=jobs)
     seconds = {(result.plan.target.tag, result.plan.stage): result.seconds for result in built.variants}
     notes = tuple(_hint(result) for result in built.variants if _hint(result))
-    error = _error(built.variants, allow_deferred)
+    error = _error(built.variants, allow_deferred, store)
     if error is not None:
         records = [variant_record(result, built, store).to_json() for result in built.variants]
         document = {
@@ -89,14 +89,16 @@ def _check_output(output: Path) -> None:
         raise InputError("the disk of the output folder is full", where=str(folder), fix="free some space, or use -o")
 
 
-def _error(variants: Sequence[VariantResult], allow_deferred: bool) -> ModelForgeError | None:
+def _error(variants: Sequence[VariantResult], allow_deferred: bool, store: Store) -> ModelForgeError | None:
     """Why the build is no success. A required target that was skipped, deferred or failed never passes for one."""
     for result in (each for each in variants if each.plan.required):
         tag = result.plan.target.tag
         if result.status == "failed" and result.gate_failed:
-            last = next(entry for entry in reversed(result.ladder) if entry["gate"] == "failed")
+            rungs = "; ".join(
+                f"{entry['precision']}: {entry['reason']}" for entry in result.ladder if "reason" in entry
+            )
             return AccuracyError(
-                f"the accuracy gate was not met at any rung; {last['precision']}: {last['reason']}",
+                f"the accuracy gate was not met at any rung; {rungs}{_worst_layers(result, store)}",
                 where=f"target {tag}",
                 fix="add a higher precision to its ladder, or change [accuracy] knowingly; no bundle was written",
             )
@@ -108,6 +110,17 @@ def _error(variants: Sequence[VariantResult], allow_deferred: bool) -> ModelForg
         if result.status == "skipped" or (result.status == "deferred" and not allow_deferred):
             return ToolchainMissing(result.plan.reason, where=f"target {tag}", fix="`modelforge doctor` tells more")
     return None
+
+
+def _worst_layers(result: VariantResult, store: Store) -> str:
+    """The layers that lose most by INT8, where a rung had it."""
+    for tried in result.tried:
+        ranking = tried.plan.lower.needs.get("ranking")
+        record = store.read(ranking.key) if ranking else None
+        if record is not None:
+            worst = ", ".join(f"{layer['node']} ({layer['sqnr_db']:.1f} dB)" for layer in record.facts["ranking"][:3])
+            return f"; the layers that lose most: {worst}"
+    return ""
 
 
 def _hint(result: VariantResult) -> str:

@@ -89,9 +89,9 @@ def _built(section: TargetSection, target: Target, where: str) -> list[str]:
 
 
 def _refusals(intake: Intake, target: Target, compiler: Compiler, precision: str) -> list[Refusal]:
-    if precision in ("int8", "mixed"):
-        what = f"{precision} quantization is not built into this version"
-        return [Refusal("not-built", what, 'use "fp16" or "fp32" for now')]
+    if precision in ("int8", "mixed") and intake.calibration is None:
+        what = f"{precision} needs calibration data, and the recipe has none"
+        return [Refusal("no-calibration", what, "add [calibration] with `data`: some hundred real inputs")]
     if precision not in target.precisions:
         what = f"{target.title} has no hardware support for {precision}"
         return [Refusal("hardware", what, f"its precisions: {', '.join(target.precisions)}")]

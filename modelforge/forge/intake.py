@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelforge.errors import DataError, RecipeError, ToolchainMissing, nearest
 from modelforge.forge.step import Source
@@ -30,6 +30,8 @@ class Intake:
         inputs: shape by input name; a string is a symbol bounded in ``recipe.dims``.
         metric: the file of the user's own metric, where the recipe has one beside it.
         count: number of evaluation samples.
+        calibration: the calibration data, where the recipe has some.
+        calibration_facts: the ``calibration`` object of a variant record: number of samples, digest of the arrays.
     """
 
     recipe: Recipe
@@ -40,10 +42,13 @@ class Intake:
     samples: Source
     metric: Source | None
     count: int
+    calibration: Source | None
+    calibration_facts: Mapping[str, Any]
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return tuple(source for source in (self.model, self.samples, self.metric) if source is not None)
+        found = (self.model, self.samples, self.metric, self.calibration)
+        return tuple(source for source in found if source is not None)
 
     @property
     def batch(self) -> int:
@@ -73,16 +78,19 @@ def take_in(recipe: Recipe) -> Intake:
             where=str(recipe.path),
             fix='add [accuracy] with `data`, `metric` ("top1" with labels, "cosine" without) and `max_drop`',
         )
-    samples = _read_data(recipe, recipe.accuracy, facts, inputs)
+    samples, calibration = _read_data(recipe, recipe.accuracy, facts, inputs)
+    allowed = _check_calibration(recipe, calibration)
     return Intake(
         recipe=recipe,
         accuracy=recipe.accuracy,
         facts=facts,
         inputs=inputs,
         model=_model_source(recipe.model),
-        samples=_samples_source(samples),
+        samples=_samples_source("evaluation data", samples),
         metric=_metric_source(recipe, recipe.accuracy.metric),
         count=samples.count,
+        calibration=_samples_source("calibration data", calibration) if calibration else None,
+        calibration_facts=_calibration_facts(recipe, calibration, allowed) if calibration else {},
     )
 
 
@@ -145,7 +153,9 @@ def _input_shape(recipe: Recipe, tensor: TensorFacts) -> tuple[int | str, ...]:
     return wanted
 
 
-def _read_data(recipe: Recipe, accuracy: AccuracySection, facts: ModelFacts, inputs: Shapes) -> Samples:
+def _read_data(
+    recipe: Recipe, accuracy: AccuracySection, facts: ModelFacts, inputs: Shapes
+) -> tuple[Samples, Samples | None]:
     from modelforge.samples import load_samples
 
     tensors = [TensorFacts(tensor.name, tensor.dtype, inputs[tensor.name]) for tensor in facts.inputs]
@@ -158,11 +168,28 @@ def _read_data(recipe: Recipe, accuracy: AccuracySection, facts: ModelFacts, inp
             where=f"{recipe.where('accuracy', 'data')} = {accuracy.data}",
             fix='add "label", or choose metric = "cosine"',
         )
-    if recipe.calibration is not None:
-        # Nothing calibrates yet; wrong data is told all the same, before it is first needed.
-        where = recipe.where("calibration", "data")
-        load(recipe.calibration.data, limit=recipe.calibration.samples, where=where)
-    return samples
+    if recipe.calibration is None:
+        return samples, None
+    where = recipe.where("calibration", "data")
+    return samples, load(recipe.calibration.data, limit=recipe.calibration.samples, where=where)
+
+
+def _check_calibration(recipe: Recipe, calibration: Samples | None) -> list[str]:
+    """Refuse data that says little about real inputs, where a ladder will use it; gives what was allowed instead."""
+    wanted = any(rung in ("int8", "mixed") for section in recipe.targets for rung in section.precision)
+    if calibration is None or recipe.calibration is None or not wanted:
+        return []
+    from modelforge.quantize.calib_checks import check_calibration
+
+    section = recipe.calibration
+    where = recipe.where("calibration", "data")
+    return [each.what for each in check_calibration(calibration, floor=section.floor, allow=section.allow, where=where)]
+
+
+def _calibration_facts(recipe: Recipe, calibration: Samples, allowed: list[str]) -> dict[str, Any]:
+    assert recipe.calibration is not None, "there is data"
+    facts = {"samples": calibration.count, "digest": calibration.digest, "method": recipe.calibration.method}
+    return {**facts, "allowed": allowed} if allowed else facts
 
 
 def _model_source(model: Path) -> Source:
@@ -173,12 +200,12 @@ def _model_source(model: Path) -> Source:
     return Source("model", digests, partial(_link_files, paths))
 
 
-def _samples_source(samples: Samples) -> Source:
+def _samples_source(title: str, samples: Samples) -> Source:
     from modelforge.samples import write_samples
 
     # The digest is of the arrays, not of the file that they are written to: it names content, and no blob.
     digests = {"samples.npz": f"arrays-{samples.digest}"}
-    return Source("evaluation data", digests, lambda folder: write_samples(samples, folder / "samples.npz"))
+    return Source(title, digests, lambda folder: write_samples(samples, folder / "samples.npz"))
 
 
 def _metric_source(recipe: Recipe, metric: str) -> Source | None:

@@ -34,7 +34,12 @@ def variant_record(result: VariantResult, built: Built, store: Store) -> Variant
     if chosen is None:
         return VariantRecord.model_validate({**data, "notes": tuple(notes)})
     data["accuracy"] = _accuracy(chosen)
-    data["latency"] = {"evidence": "none", **chosen.verify.facts["latency"]}
+    race = chosen.race.facts if chosen.race else {}
+    data["latency"] = {"evidence": "none", **chosen.verify.facts["latency"], **race}
+    if chosen.slower:
+        notes.append(chosen.slower)
+    if chosen.describe is not None:
+        data["calibration"] = dict(built.plan.intake.calibration_facts)
     if chosen.compile is not None:
         facts = chosen.compile.facts
         blob = chosen.compile.files[facts["artifact"]]
@@ -45,6 +50,8 @@ def variant_record(result: VariantResult, built: Built, store: Store) -> Variant
         if chosen.verify.facts["evidence"] == "reference":
             notes.append("the artifact itself was not run: its lowered model was, in ONNX Runtime")
     notes += chosen.verify.facts["notes"]
+    if suspicion := chosen.verify.facts["accuracy"].get("suspicion"):
+        notes.append(suspicion)
     return VariantRecord.model_validate({**data, "notes": tuple(dict.fromkeys(notes))})
 
 
@@ -73,6 +80,7 @@ def _batch(built: Built) -> dict[str, Any] | None:
 def _accuracy(chosen: RungResult) -> dict[str, Any]:
     facts = dict(chosen.verify.facts["accuracy"])
     facts.pop("reasons")
+    facts.pop("suspicion")
     per_output = tuple(
         {key: value for key, value in row.items() if key in ("output", "sqnr_db", "identical", "cosine", "agreement")}
         for row in facts.pop("per_output")
@@ -93,7 +101,11 @@ def _files(result: VariantResult, built: Built, store: Store) -> list[BundleFile
         files.append(_file(name, "lowered-model", blob, store))
     for name, blob in built.baseline.files.items():
         files.append(_file(name, "golden", blob, store))
-    report = {"accuracy": chosen.verify.facts["accuracy"], "prepare": built.prepare.facts, "lower": chosen.lower.facts}
+    for name, blob in (chosen.describe.files if chosen.describe else {}).items():
+        files.append(_file(name, "report", blob, store))
+    accuracy = {"schema": 1, **chosen.verify.facts["accuracy"], "ladder": [dict(entry) for entry in result.ladder]}
+    files.append(_report("accuracy.json", accuracy, store))
+    report = {"schema": 1, "prepare": built.prepare.facts, "lower": chosen.lower.facts}
     if chosen.compile is not None:
         report["compile"] = chosen.compile.facts["report"]
     files.append(_report("report.json", report, store))

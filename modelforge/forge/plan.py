@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,17 +26,28 @@ EMULATED_AT_LEAST = 2
 
 @dataclass(frozen=True)
 class RungPlan:
-    """One precision to try: lowered, compiled and judged by these steps. ``compile`` is None where it is deferred."""
+    """One precision to try: lowered, compiled and judged by these steps.
+
+    Attributes:
+        compile: None where it is deferred.
+        describe: writes what the reports say of a quantization, once the gate has passed; None without one.
+        race: times the artifact beside the next float rung's, where both run here; None where that cannot be.
+    """
 
     precision: str
     lower: Step
     compile: Step | None
     verify: Step
+    describe: Step | None
     evidence: str
+    race: Step | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        return tuple(step for step in (self.lower, self.compile, self.verify) if step is not None)
+        """In an order in which each comes after what it needs."""
+        before = [need for need in _all_needs(self.lower) if isinstance(need, Step)]
+        own = [step for step in (self.lower, self.compile, self.verify, self.describe, self.race) if step is not None]
+        return (*before, *own)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class VariantPlan:
         refused: rungs of the ladder that cannot be had, as ladder entries of the variant record.
         reason: why it is deferred or skipped.
         hint: how its variant could be checked with better evidence than here.
+        prefer_speed: an INT8 rung that is slower than the next one is not chosen.
     """
 
     target: Target
@@ -62,6 +74,7 @@ class VariantPlan:
     refused: tuple[Mapping[str, Any], ...] = ()
     reason: str = ""
     hint: str = ""
+    prefer_speed: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,10 +170,11 @@ def _wanted(steps: _Steps, section: TargetSection, target: Target, choice: Choic
         ladder=section.precision,
         compiler=compiler.name,
         toolchain=found.versions if found else None,
-        rungs=tuple(steps.rung(target, compiler, found, precision) for precision in choice.accepted),
+        rungs=steps.raced([steps.rung(target, compiler, found, precision) for precision in choice.accepted]),
         refused=choice.refused,
         reason="" if found else f"{compiler.title} was not installed where this was built",
         hint=hint,
+        prefer_speed=section.prefer == "speed",
     )
 
 
@@ -200,7 +214,7 @@ class _Steps:
             "target": target.path.read_text(encoding="utf-8"),
             "precision": precision,
         }
-        lower = self._step("lower", f"lower to {precision}", {"precision": precision}, {"prepared": self.prepare})
+        lower = self._lower(precision, compiler.dialect(target), _needs_reduced_range(target))
         needs: dict[str, Step | Source] = {
             "lowered": lower,
             "samples": self.intake.samples,
@@ -223,7 +237,58 @@ class _Steps:
             "metric": self._metric,
         }
         verify = self._step("verify", f"verify {target.tag} {precision}", judged, needs)
-        return RungPlan(precision, lower, build, verify, evidence)
+        describe = None
+        if "ranges" in lower.needs:
+            told = {name: need for name, need in lower.needs.items() if name in ("ranges", "ranking", "search")}
+            params = {"dialect": compiler.dialect(target), "metric": self.intake.accuracy.metric}
+            describe = self._step("describe", f"describe {precision}", params, {"lowered": lower, **told})
+        return RungPlan(precision, lower, build, verify, describe, evidence)
+
+    def raced(self, rungs: Sequence[RungPlan]) -> tuple[RungPlan, ...]:
+        """Give each INT8 rung that runs here a race against the first float rung after it."""
+        return tuple(self._raced(rung, rungs[place + 1 :]) for place, rung in enumerate(rungs))
+
+    def _raced(self, rung: RungPlan, after: Sequence[RungPlan]) -> RungPlan:
+        rival = next((each for each in after if each.precision in ("fp16", "fp32")), None)
+        if rung.precision not in ("int8", "mixed") or rung.evidence != "device" or rival is None:
+            return rung
+        if rung.compile is None or rival.compile is None:
+            return rung
+        params = {name: rung.verify.params[name] for name in ("compiler", "tag", "target", "batch")}
+        params |= {"precision": rung.precision, "rival": rival.precision}
+        title = f"time {rung.verify.title.removeprefix('verify ')} beside {rival.precision}"
+        needs: dict[str, Step | Source] = {
+            "compiled": rung.compile,
+            "rival": rival.compile,
+            "samples": self.intake.samples,
+        }
+        return replace(rung, race=self._step("race", title, params, needs))
+
+    def _lower(self, precision: str, dialect: str, reduce_range: bool) -> Step:
+        """The step that writes the lowered model: shared by all targets of one precision and dialect."""
+        needs: dict[str, Step | Source] = {"prepared": self.prepare}
+        if precision == "fp32":
+            return self._step("lower", f"lower to {precision}", {"precision": precision}, needs)
+        # FP16 alone asks the ranges only what would overflow: without calibration data, the evaluation data tells it.
+        data = self.intake.calibration or self.intake.samples
+        calibration = {"calibration": data}
+        digest = data.digests["samples.npz"].removeprefix("arrays-")
+        ranges = self._step("calibrate", "calibrate", {"data_digest": digest}, {**needs, **calibration})
+        if precision == "fp16":
+            return self._step("lower", "lower to fp16", {"precision": precision}, {**needs, "half_ranges": ranges})
+        how = {"dialect": dialect, "reduce_range": reduce_range, "method": self.intake.calibration_facts["method"]}
+        params = {"precision": precision, **how}
+        needs |= {"ranges": ranges}
+        ranking = self._step("rank", f"rank layers ({dialect})", how, {**needs, **calibration})
+        needs |= {"ranking": ranking}
+        if precision == "mixed":
+            needs["search"] = self._step(
+                "search",
+                f"search layers to keep ({dialect})",
+                {**params, "batch": self.intake.batch, "metric": self._metric},
+                {**needs, "samples": self.intake.samples, "reference": self.reference, **self._metric_need},
+            )
+        return self._step("lower", f"lower to {precision} ({dialect})", params, needs)
 
     def _judged(self, evidence: str) -> int:
         """How many samples are judged: all, or as many as an emulator can run in a minute or two."""
@@ -261,3 +326,19 @@ class _Steps:
             tools=self._tools if tools is None else tools,
             needs=needs,
         )
+
+
+def _all_needs(step: Step) -> list[Step | Source]:
+    """Everything below a step, deepest first."""
+    found: list[Step | Source] = []
+    for need in step.needs.values():
+        if isinstance(need, Step):
+            found += _all_needs(need)
+        found.append(need)
+    return found
+
+
+def _needs_reduced_range(target: Target) -> bool:
+    """Whether 8-bit products overflow this CPU's 16-bit sums: x86 without VNNI (facts of ONNX Runtime's quantizer)."""
+    arch = target.arch
+    return arch.kind == "cpu" and arch.isa == "x86-64" and not any("vnni" in flag for flag in arch.cpuinfo)

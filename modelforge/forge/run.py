@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from modelforge.errors import BuildError, ModelForgeError
@@ -33,6 +33,20 @@ class RungResult:
     lower: StepRecord
     compile: StepRecord | None
     verify: StepRecord
+    describe: StepRecord | None = None
+    race: StepRecord | None = None
+
+    @property
+    def slower(self) -> str | None:
+        """Says that INT8 is not faster than the next float rung, where that was measured and is so."""
+        if self.race is None or self.race.facts["evidence"] == "none" or self.race.facts["ratio"] < 1:
+            return None
+        facts, rival = self.race.facts, self.race.facts["rival"]
+        times = f"{facts['p50_ms']:.3g} ms beside {rival['p50_ms']:.3g} ms, {facts['ratio']:.2f} times as long"
+        return (
+            f"{self.plan.precision} is not faster than {rival['precision']} where this was built: {times} "
+            f"(batch of {facts['batch']}, one thread)"
+        )
 
     @property
     def passed(self) -> bool:
@@ -47,6 +61,7 @@ class VariantResult:
         ladder: one entry a rung, as the variant record wants it.
         chosen: the rung that passed its gate; None where there is none.
         error: why there is none, where it failed.
+        tried: the rungs that came to a verdict, in order.
         seconds: what its own steps took when they ran (not what a cache hit takes).
     """
 
@@ -55,8 +70,13 @@ class VariantResult:
     ladder: tuple[Mapping[str, Any], ...]
     chosen: RungResult | None = None
     error: ModelForgeError | None = None
-    gate_failed: bool = False
+    tried: tuple[RungResult, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def gate_failed(self) -> bool:
+        """Whether a rung came to a verdict, and none passed."""
+        return self.status == "failed" and bool(self.tried)
 
 
 @dataclass(frozen=True)
@@ -155,7 +175,7 @@ def _build_variant(runner: _Runner, variant: VariantPlan) -> VariantResult:
     if variant.outcome == "skipped":
         return VariantResult(variant, "skipped", tuple(ladder))
     error: ModelForgeError | None = None
-    gate_failed = False
+    tried: list[RungResult] = []
     seconds = 0.0
     for rung in variant.rungs:
         try:
@@ -165,19 +185,26 @@ def _build_variant(runner: _Runner, variant: VariantPlan) -> VariantResult:
             ladder.append({"precision": rung.precision, "gate": "none", "reason": _sentence(caught)})
             continue
         seconds += result.verify.seconds + (result.compile.seconds if result.compile else 0.0)
+        tried.append(result)
         ladder.append(_ladder_entry(result))
+        if result.passed and result.slower and variant.prefer_speed:
+            ladder[-1] = {**ladder[-1], "reason": f"not chosen: {result.slower}"}
+            continue
         if result.passed:
             status: Literal["compiled", "deferred"] = "compiled" if result.compile else "deferred"
-            return VariantResult(variant, status, _ordered(ladder, variant), result, seconds=seconds)
-        gate_failed = True
+            return VariantResult(variant, status, _ordered(ladder, variant), result, None, tuple(tried), seconds)
     error = error or BuildError(f"no rung of the ladder {list(variant.ladder)} met its gate", where=variant.target.tag)
-    return VariantResult(variant, "failed", _ordered(ladder, variant), None, error, gate_failed, seconds)
+    return VariantResult(variant, "failed", _ordered(ladder, variant), None, error, tuple(tried), seconds)
 
 
 def _build_rung(runner: _Runner, rung: RungPlan) -> RungResult:
     lowered = runner.obtain(rung.lower)
     compiled = runner.obtain(rung.compile) if rung.compile else None
-    return RungResult(rung, lowered, compiled, runner.obtain(rung.verify))
+    result = RungResult(rung, lowered, compiled, runner.obtain(rung.verify))
+    if not result.passed:
+        return result
+    described = runner.obtain(rung.describe) if rung.describe else None
+    return replace(result, describe=described, race=runner.obtain(rung.race) if rung.race else None)
 
 
 def _ladder_entry(result: RungResult) -> dict[str, Any]:

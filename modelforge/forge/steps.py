@@ -12,7 +12,7 @@ from typing import Any
 
 from modelforge.compilers import get_compiler
 from modelforge.compilers.protocol import CompileJob, RunJob
-from modelforge.errors import BuildError
+from modelforge.errors import BuildError, UnsupportedError
 from modelforge.forge.step import Context, Result
 from modelforge.recipe import Dim
 from modelforge.target import load_target
@@ -20,13 +20,21 @@ from modelforge.toolchains import worker
 
 GOLDEN_SAMPLES = 4
 
-CODE_VERSIONS = {"prepare": 1, "reference": 1, "baseline": 1, "lower": 1, "compile": 1, "verify": 1}
+CODE_VERSIONS = {
+    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 1, "rank": 1, "search": 1, "lower": 2, "compile": 1,
+    "verify": 3, "describe": 1, "race": 1,
+}  # fmt: skip
 """Part of each step's content key: raised whenever a function gives another result for the same inputs."""
 
 
+EMULATED_HALF = "FP16 was emulated: every FP16 tensor rounded, sums within one operator in FP32"
+
+
 def prepare(context: Context) -> Result:
-    """Model -> the FP32 model that everything is lowered from. Params: model (file
-    name), inputs, sizes (of symbols, to run it with), timeout."""
+    """Model -> the FP32 model that everything is lowered from.
+
+    Params: model (file name), inputs, sizes (of symbols, to run it with), timeout.
+    """
     out = context.workdir / "prepared"
     request = {
         "model": str(context.folder("model") / context.params["model"]),
@@ -34,13 +42,7 @@ def prepare(context: Context) -> Result:
         "inputs": context.params["inputs"],
         "sizes": context.params["sizes"],
     }
-    facts = worker.call(
-        "modelforge.forge.worker:prepare",
-        request,
-        workdir=context.workdir / "prepare",
-        timeout=context.params["timeout"],
-        what="preparing the model",
-    )
+    facts = _call("prepare", request, context, "preparing the model")
     return Result(facts, _files_in(out))
 
 
@@ -62,31 +64,71 @@ def baseline(context: Context) -> Result:
         "folder": str(out),
         "golden": GOLDEN_SAMPLES,
     }
-    facts = worker.call(
-        "modelforge.forge.worker:baseline",
-        request,
-        workdir=context.workdir / "baseline",
-        timeout=context.params["timeout"],
-        what="checking the FP32 baseline",
-    )
+    facts = _call("baseline", request, context, "checking the FP32 baseline")
     return Result(facts, _files_in(out))
 
 
+def calibrate(context: Context) -> Result:
+    """Calibration data -> ranges.json, one table for all dialects. Params: data_digest, timeout."""
+    ranges = context.workdir / "ranges.json"
+    request = {
+        "model": str(context.folder("prepared") / "model.onnx"),
+        "samples": str(context.files("calibration")["samples.npz"]),
+        "data_digest": context.params["data_digest"],
+        "out": str(ranges),
+    }
+    facts = _call("calibrate", request, context, "calibrating")
+    return Result(facts, {"ranges.json": ranges})
+
+
+def rank(context: Context) -> Result:
+    """How much each layer loses by INT8, in one pass. Params: dialect, reduce_range, method,
+    timeout. Facts: ranking, worst first; blocks, names that stay in float together."""
+    request = {
+        "model": str(context.folder("prepared") / "model.onnx"),
+        "ranges": str(context.files("ranges")["ranges.json"]),
+        "samples": str(context.files("calibration")["samples.npz"]),
+        **_how(context),
+    }
+    return Result(_call("rank", request, context, "ranking the layers"))
+
+
+def search(context: Context) -> Result:
+    """The fewest layers that must stay in float for the gate. Params: dialect, reduce_range, batch, metric, timeout.
+
+    Facts: curve, chosen (how many, or None), exclude (their names), worst.
+    """
+    request = {
+        "model": str(context.folder("prepared") / "model.onnx"),
+        "ranges": str(context.files("ranges")["ranges.json"]),
+        "samples": str(context.files("samples")["samples.npz"]),
+        "reference": str(context.files("reference")["outputs.npz"]),
+        "blocks": context.facts("ranking")["blocks"],
+        "metric": _metric(context),
+        "folder": str(context.workdir / "search"),
+        "batch": context.params["batch"],
+        **_how(context),
+    }
+    return Result(_call("search", request, context, "searching the layers to keep"))
+
+
 def lower(context: Context) -> Result:
-    """Prepared model -> the lowered model at one precision. Params: precision, timeout."""
+    """Prepared model -> the lowered model at one precision. Params: precision, timeout; dialect, reduce_range."""
     out = context.workdir / "lowered"
     request = {
         "model": str(context.folder("prepared") / "model.onnx"),
         "folder": str(out),
         "precision": context.params["precision"],
     }
-    facts = worker.call(
-        "modelforge.forge.worker:lower",
-        request,
-        workdir=context.workdir / "lower",
-        timeout=context.params["timeout"],
-        what=f"lowering to {context.params['precision']}",
-    )
+    if "half_ranges" in context.needs:
+        request["half_ranges"] = str(context.files("half_ranges")["ranges.json"])
+    if "ranges" in context.needs:
+        request |= {
+            "ranges": str(context.files("ranges")["ranges.json"]),
+            "exclude": _excluded(context) if "search" in context.needs else [],
+            **_how(context),
+        }
+    facts = _call("lower", request, context, f"lowering to {context.params['precision']}")
     return Result(facts, _files_in(out))
 
 
@@ -145,7 +187,13 @@ def verify(context: Context) -> Result:
     samples = context.files("samples")["samples.npz"]
     if params["evidence"] == "reference":
         model = context.folder("lowered") / "model.onnx"
-        _run_onnx(model, context, outputs, f"the {params['precision']} model in ONNX Runtime", params["samples"])
+        folder = context.workdir / "emulated"
+        places = {"model": str(model), "folder": str(folder)}
+        emulated = _call("emulate", places, context, "making FP16 rounding explicit")["model"]
+        what = f"the {params['precision']} model in ONNX Runtime"
+        _run_onnx(Path(emulated or model), context, outputs, what, params["samples"])
+        if emulated:
+            ran["notes"] = [EMULATED_HALF]
     else:
         workdir = context.workdir / "run"
         workdir.mkdir()
@@ -170,20 +218,93 @@ def verify(context: Context) -> Result:
         "precision": params["precision"],
         "count": params["samples"],
     }
-    verdict = worker.call(
-        "modelforge.forge.worker:judge",
-        request,
-        workdir=context.workdir / "judge",
-        timeout=params["timeout"],
-        what="judging the outputs",
-    )
+    verdict = _call("judge", request, context, "judging the outputs")
     return Result({**ran, "accuracy": verdict})
+
+
+def _how(context: Context) -> dict[str, Any]:
+    """How to quantize: parameters that go down to the emitter as they are."""
+    return {name: context.params[name] for name in ("dialect", "reduce_range", "method")}
+
+
+def _excluded(context: Context) -> list[str]:
+    """The layers that a search chose to keep in float.
+
+    Raises:
+        UnsupportedError: no set that it tried met the gate.
+    """
+    found = context.facts("search")
+    if found["chosen"] is None:
+        raise UnsupportedError(
+            f"no set of layers kept in float met the gate ({len(found['curve'])} tried); "
+            f"the layers that lose most: {', '.join(found['worst'][:3])}"
+        )
+    if found["chosen"] == 0:
+        raise UnsupportedError("no layer needs to stay in float: the int8 rung is the same")
+    return list(found["exclude"])
+
+
+def _call(function: str, request: Mapping[str, Any], context: Context, what: str) -> dict[str, Any]:
+    """Run a function of :mod:`modelforge.forge.worker` in a child process."""
+    return worker.call(
+        f"modelforge.forge.worker:{function}",
+        request,
+        workdir=context.workdir / "child",
+        timeout=context.params["timeout"],
+        what=what,
+    )
 
 
 def _metric(context: Context) -> dict[str, Any]:
     """The metric's facts, with the folder of the user's own metric module where there is one."""
     has_module = "metric" in context.needs
     return {**context.params["metric"], "folder": str(context.folder("metric") if has_module else context.workdir)}
+
+
+def race(context: Context) -> Result:
+    """Time an artifact beside the next float rung's. Params: compiler, tag, target, precision, rival, batch, timeout.
+
+    Facts: evidence and medians in milliseconds; evidence ``none`` where the compiler cannot time them here.
+    """
+    params = context.params
+    workdir = context.workdir / "race"
+    workdir.mkdir()
+    inputs = _subset(context.files("samples")["samples.npz"], params["batch"], context)
+    jobs = [
+        RunJob(
+            files={name: context.folder(need) / name for name in context.files(need)},
+            artifact=context.facts(need)["artifact"],
+            target=_target(context),
+            inputs=inputs,
+            batch=params["batch"],
+            outputs=context.workdir / "outputs.npz",
+            workdir=workdir,
+            timeout=params["timeout"],
+        )
+        for need in ("compiled", "rival")
+    ]
+    timed = get_compiler(params["compiler"]).race(*jobs)
+    if timed is None:
+        return Result({"evidence": "none"})
+    ours, rival = timed
+    facts = {"evidence": "device", "p50_ms": ours, "batch": params["batch"], "threads": 1}
+    return Result({**facts, "rival": {"precision": params["rival"], "p50_ms": rival}, "ratio": round(ours / rival, 3)})
+
+
+def describe(context: Context) -> Result:
+    """What the reports say of a quantization: calibration.json, sensitivity.json. Params: dialect, metric, timeout."""
+    out = context.workdir / "described"
+    out.mkdir()
+    request = {
+        "ranges": str(context.files("ranges")["ranges.json"]),
+        "quantize": context.facts("lowered")["quantize"],
+        "ranking": context.facts("ranking")["ranking"],
+        "search": dict(context.facts("search")) if "search" in context.needs else None,
+        "dialect": context.params["dialect"],
+        "metric": context.params["metric"],
+        "folder": str(out),
+    }
+    return Result(_call("describe", request, context, "describing the quantization"), _files_in(out))
 
 
 def _target(context: Context) -> Any:
@@ -215,13 +336,7 @@ def _run_onnx(model: Path, context: Context, outputs: Path, what: str, count: in
 def _subset(samples: Path, count: int | None, context: Context) -> Path:
     """The inputs alone (no labels), the first ``count`` samples of them."""
     out = context.workdir / "inputs.npz"
-    worker.call(
-        "modelforge.forge.worker:subset",
-        {"samples": str(samples), "count": count, "out": str(out)},
-        workdir=context.workdir / "subset",
-        timeout=context.params["timeout"],
-        what="reading the samples",
-    )
+    _call("subset", {"samples": str(samples), "count": count, "out": str(out)}, context, "reading the samples")
     return out
 
 

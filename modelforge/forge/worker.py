@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,134 @@ def lower(request: Request) -> dict[str, Any]:
 
     model, folder = Path(request["model"]), Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
+    if "ranges" in request:
+        return _quantize(model, folder, request, request["exclude"])
     if request["precision"] == "fp32":
         for path in model.parent.iterdir():
             shutil.copyfile(path, folder / path.name)
         return {}
     if request["precision"] == "fp16":
-        from modelforge.graph.fp16 import convert_fp16
-
-        return asdict(convert_fp16(model, folder))
+        return _to_half(model, folder, model, request["half_ranges"])
     raise UnsupportedError(f"there is no lowering to {request['precision']}")
+
+
+def calibrate(request: Request) -> dict[str, Any]:
+    """Ranges of every activation that a dialect may quantize."""
+    from modelforge.quantize.calibrate import calibrate as calibrate_model
+    from modelforge.quantize.half import float_activations
+
+    # All of them: FP16 must know what overflows, wherever it is.
+    tensors = float_activations(Path(request["model"]))
+    table = calibrate_model(
+        Path(request["model"]), Path(request["samples"]), tensors=tensors, data_digest=request["data_digest"]
+    )
+    Path(request["out"]).write_text(table.to_json(), encoding="utf-8")
+    return {"tensors": len(table.tensors), "samples": table.samples}
+
+
+def rank(request: Request) -> dict[str, Any]:
+    from modelforge.quantize.sensitivity import rank_layers
+
+    found = rank_layers(
+        Path(request["model"]),
+        _ranges(request["ranges"]),
+        Path(request["samples"]),
+        dialect=request["dialect"],
+        method=request["method"],
+        reduce_range=request["reduce_range"],
+    )
+    return {"ranking": found.facts(), "blocks": [list(block) for block in found.blocks]}
+
+
+def search(request: Request) -> dict[str, Any]:
+    """The fewest layers to keep in float, each set judged by the recipe's own gate on the lowered model."""
+    import shutil
+
+    from modelforge.compilers.onnxruntime_worker import run_model
+    from modelforge.quantize.search import search_exclusions
+
+    folder = Path(request["folder"])
+    reference, (inputs, labels) = _load(request["reference"]), _samples(request["samples"])
+    rules, metric = _metric(request["metric"])
+    folder.mkdir(parents=True)
+    data, outputs = folder / "inputs.npz", folder / "outputs.npz"
+    _write(data, inputs)
+
+    def evaluate(exclude: tuple[str, ...]) -> tuple[bool, dict[str, Any]]:
+        from modelforge.verify.gate import judge as judge_outputs
+
+        lowered = folder / "lowered"
+        shutil.rmtree(lowered, ignore_errors=True)
+        lowered.mkdir()
+        try:
+            _quantize(Path(request["model"]), lowered, request, exclude)
+        except UnsupportedError:  # nothing is left to quantize: no INT8 model, and so none that passes
+            return False, {}
+        model = emulate({"model": str(lowered / "model.onnx"), "folder": str(folder / "emulated")})["model"]
+        run = {
+            "model": model or str(lowered / "model.onnx"),
+            "inputs": str(data),
+            "outputs": str(outputs),
+            "threads": 1,
+        }
+        run_model({**run, "batch": request["batch"]})
+        verdict = judge_outputs(rules, metric, "mixed", reference, _load(str(outputs)), labels)
+        facts = verdict.facts()
+        return verdict.passed, {name: facts[name] for name in ("value", "drop", "sqnr_db", "agreement")}
+
+    found = search_exclusions(request["blocks"], evaluate)
+    exclude = None if found.exclude is None else list(found.exclude)
+    return {"curve": list(found.curve), "chosen": found.chosen, "exclude": exclude, "worst": list(found.worst)}
+
+
+def _quantize(model: Path, folder: Path, request: Request, exclude: Collection[str]) -> dict[str, Any]:
+    """Prepared model -> QDQ in the request's dialect, its float rest in the dialect's own precision."""
+    from modelforge.quantize.dialects import get_dialect
+    from modelforge.quantize.qdq import quantize_model
+
+    dialect = get_dialect(request["dialect"])
+    half = dialect.remainder == "fp16"
+    out = folder / "fp32-rest" if half else folder
+    report = quantize_model(
+        model,
+        _ranges(request["ranges"]),
+        out,
+        dialect=dialect.name,
+        exclude=exclude,
+        method=request["method"],
+        reduce_range=request["reduce_range"],
+    )
+    facts: dict[str, Any] = {"quantize": asdict(report)}
+    if half:
+        import shutil
+
+        facts |= _to_half(out / "model.onnx", folder, model, request["ranges"])
+        shutil.rmtree(out)
+    return facts
+
+
+def _to_half(model: Path, folder: Path, prepared: Path, ranges: str) -> dict[str, Any]:
+    """FP16 but for the nodes whose values, by the ranges of the prepared model, FP16 cannot hold."""
+    from modelforge.graph.fp16 import convert_fp16
+    from modelforge.quantize.half import overflowing
+
+    beyond = overflowing(prepared, _ranges(ranges))
+    report = asdict(convert_fp16(model, folder, keep_fp32=set(beyond)))
+    return {"fp16": {**report, "kept": {**report["kept"], **beyond}}}
+
+
+def emulate(request: Request) -> dict[str, Any]:
+    """An FP16 model for ONNX Runtime with its rounding made explicit; ``model`` is None where nothing is FP16."""
+    from modelforge.graph.fp16_emulation import emulate_fp16
+
+    found = emulate_fp16(Path(request["model"]), Path(request["folder"]))
+    return {"model": None if found is None else str(found)}
+
+
+def _ranges(path: str) -> Any:
+    from modelforge.quantize.ranges import RangeTable
+
+    return RangeTable.from_json(Path(path).read_text(encoding="utf-8"), where="ranges.json")
 
 
 def subset(request: Request) -> dict[str, Any]:
@@ -46,15 +165,12 @@ def subset(request: Request) -> dict[str, Any]:
 
     with np.load(request["samples"], allow_pickle=False) as archive:
         arrays = {name: archive[name][: request["count"]] for name in archive.files if name != LABEL}
-    with Path(request["out"]).open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
+    _write(Path(request["out"]), arrays)
     return {}
 
 
 def baseline(request: Request) -> dict[str, Any]:
     """Check the FP32 reference against the user's metric, and put the golden samples aside."""
-    import numpy as np
-
     from modelforge.verify.gate import check_baseline
 
     rules, metric = _metric(request["metric"])
@@ -63,8 +179,7 @@ def baseline(request: Request) -> dict[str, Any]:
     value = check_baseline(rules, metric, reference, labels)
     folder, count = Path(request["folder"]), request["golden"]
     for name, arrays in (("golden-inputs.npz", inputs), ("golden-outputs.npz", reference)):
-        with (folder / name).open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **{key: array[:count] for key, array in arrays.items()})
+        _write(folder / name, {key: array[:count] for key, array in arrays.items()})
     return {"value": value, "samples": len(next(iter(inputs.values())))}
 
 
@@ -92,6 +207,13 @@ def _metric(facts: Mapping[str, Any]) -> tuple[Any, Any]:
     return rules, metric
 
 
+def _write(path: Path, arrays: Mapping[str, Any]) -> None:
+    import numpy as np
+
+    with path.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+
+
 def _load(path: str) -> dict[str, Any]:
     import numpy as np
 
@@ -116,3 +238,46 @@ def compare_golden(request: Request) -> dict[str, Any]:
         rules, None, request["precision"], _load(request["reference"]), _load(request["value"]), None
     )
     return verdict.facts()
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """calibration.json and sensitivity.json, as docs/guides/report.md gives their shape."""
+    from modelforge.quantize.dialects import get_dialect
+    from modelforge.store import canonical_json
+
+    table = _ranges(request["ranges"])
+    smallest, largest = get_dialect(request["dialect"]).bounds
+    tensors = []
+    for name, parameters in sorted(request["quantize"]["tensors"].items()):
+        if name not in table.tensors:
+            continue
+        found = table.tensors[name]
+        scale, zero_point = parameters["scale"], parameters["zero_point"]
+        low, high = (smallest - zero_point) * scale, (largest - zero_point) * scale
+        tensors.append(
+            {
+                "name": name, "minimum": found.minimum, "maximum": found.maximum, "low": low, "high": high,
+                "zeros": found.zeros, "bins": _coarse(found.bins),
+            }
+        )  # fmt: skip
+    calibration = {
+        "schema": 1, "samples": table.samples, "data_digest": table.data_digest,
+        "method": request["quantize"]["method"], "tensors": tensors,
+    }  # fmt: skip
+    search = request["search"]
+    sensitivity = {
+        "schema": 1, "metric": request["metric"], "ranking": request["ranking"],
+        "curve": search["curve"] if search else [], "chosen": search["chosen"] if search else None,
+    }  # fmt: skip
+    folder = Path(request["folder"])
+    (folder / "calibration.json").write_bytes(canonical_json(calibration))
+    (folder / "sensitivity.json").write_bytes(canonical_json(sensitivity))
+    return {}
+
+
+def _coarse(histogram: Any, bins: int = 64) -> dict[str, Any]:
+    """A histogram in few bins: enough for a picture."""
+    import numpy as np
+
+    counts, edges = np.histogram(histogram.centers, bins=bins, weights=histogram.counts)
+    return {"low": float(edges[0]), "high": float(edges[-1]), "counts": [int(count) for count in counts]}

@@ -40,7 +40,7 @@ class GateRules:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a variant reached. ``reasons`` is empty exactly where ``passed``."""
+    """What a variant reached. ``reasons`` is empty exactly where ``passed``; ``suspicion`` does not fail it."""
 
     passed: bool
     reference: float | None
@@ -49,6 +49,7 @@ class Verdict:
     samples: int
     reasons: tuple[str, ...]
     outputs: Mapping[str, Comparison] = field(default_factory=dict)
+    suspicion: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """The ``accuracy`` object of a variant record, less evidence and metric."""
@@ -66,6 +67,7 @@ class Verdict:
             "samples": self.samples,
             "gate": "passed" if self.passed else "failed",
             "reasons": list(self.reasons),
+            "suspicion": self.suspicion,
             "per_output": [
                 {"output": name, **{key: _finite(value) for key, value in each.facts().items()}}
                 for name, each in self.outputs.items()
@@ -144,7 +146,18 @@ def judge(
         gates = rules.min_agreement is not None or reference[name].ndim == 2
         if gates and each.agreement is not None and each.agreement < min_agreement:
             reasons.append(f'output "{name}" agrees in {each.agreement:.4f}, asked for is {min_agreement:.4f}')
-    return Verdict(not reasons, baseline, reached, drop, samples, tuple(reasons), outputs)
+    suspicion = _suspicion(rules, precision, drop, samples)
+    return Verdict(not reasons, baseline, reached, drop, samples, tuple(reasons), outputs, suspicion)
+
+
+def _suspicion(rules: GateRules, precision: str, drop: float | None, samples: int) -> str | None:
+    """A coarser model that scores clearly higher than FP32 says that the metric rewards noise, not that it is better.
+
+    Clearly: by more than the drop that is allowed, and by more than three samples.
+    """
+    if drop is None or precision == "fp32" or -drop <= max(rules.max_drop or 0.0, 3 / samples):
+        return None
+    return f"{precision} scores higher than fp32 by {-drop:.4f}: check the metric, it may reward noise"
 
 
 def _finite(value: Any) -> Any:

@@ -151,9 +151,9 @@ def test_missing_toolchain(forge: Forge, digits: Path) -> None:
     assert plan["variants"][0]["outcome"] == "deferred"
 
 
-def test_int8_is_told_to_be_missing(forge: Forge, digits: Path) -> None:
-    edit_targets(digits, {"x86-64": ["int8"]})
-    refused(forge, digits, 2, "int8 quantization is not built")
+def test_a_precision_that_the_compiler_lacks(forge: Forge, digits: Path) -> None:
+    edit_targets(digits, {"cortex-a76": ["int8"]}, 'compiler = "tvm"')
+    refused(forge, digits, 2, "int8", "TVM")
 
 
 def test_op_that_a_compiler_lacks(forge: Forge, digits: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +73,7 @@ def rung(tag: str, precision: str, gate: str = "passed", **compile_params: Any) 
     prepare = step("prepare", Source("model", {}, lambda folder: None))
     lower = step(f"lower {precision}", prepare)
     build = step(f"compile {tag} {precision}", lower, **compile_params)
-    return RungPlan(precision, lower, build, verify_step(f"verify {tag} {precision}", gate, build), "device")
+    return RungPlan(precision, lower, build, verify_step(f"verify {tag} {precision}", gate, build), None, "device")
 
 
 def build(tmp_path: Path, *variants: VariantPlan, jobs: int = 4):
@@ -125,6 +126,31 @@ def test_one_failure_leaves_the_others_alone(tmp_path: Path) -> None:
     assert again.variants[1].status == "compiled"
     assert RUNS == ["compile bad fp16"]
     assert "compile good fp16" in told.cached
+
+
+def raced(rung_plan: RungPlan, ratio: float) -> RungPlan:
+    times = {"p50_ms": ratio, "rival": {"precision": "fp32", "p50_ms": 1.0}, "ratio": ratio, "batch": 1}
+    assert rung_plan.compile is not None
+    race = step(f"race {ratio}", rung_plan.compile, facts={"evidence": "device", **times})
+    return replace(rung_plan, race=race)
+
+
+def test_int8_that_is_not_faster_is_told(tmp_path: Path) -> None:
+    built, _ = build(tmp_path, variant("t", raced(rung("t", "int8"), 1.5), rung("t", "fp32")))
+    (result,) = built.variants
+    assert result.chosen is not None
+    assert result.chosen.plan.precision == "int8"
+    assert "1.50 times as long" in str(result.chosen.slower)
+
+
+def test_int8_that_is_not_faster_is_not_chosen_where_speed_is_preferred(tmp_path: Path) -> None:
+    for ratio, chosen in ((1.5, "fp32"), (0.5, "int8")):
+        plan = replace(variant("t", raced(rung("t", "int8"), ratio), rung("t", "fp32")), prefer_speed=True)
+        built, _ = build(tmp_path, plan)
+        (result,) = built.variants
+        assert result.chosen is not None
+        assert result.chosen.plan.precision == chosen
+    assert "reason" not in result.ladder[0]
 
 
 def test_all_rungs_failing_their_gates(tmp_path: Path) -> None:

@@ -95,3 +95,14 @@ def test_pixel_maps_are_not_gated_on_agreement_unasked() -> None:
     assert judge(rules, None, "fp16", {"y": boxes}, {"y": value}, None).passed
     asked = GateRules("cosine", 0.01, min_agreement=0.999)
     assert not judge(asked, None, "fp16", {"y": boxes}, {"y": value}, None).passed
+
+
+def test_a_coarser_model_that_scores_higher_is_suspicious() -> None:
+    """Labels that the FP32 model misses in 30 places, and the value meets."""
+    worse = SCORES.copy()
+    worse[:30] = -worse[:30]
+    free = GateRules("top1", 0.01, min_agreement=0, min_sqnr_db=-100)
+    found = judge(free, TOP1, "int8", {"y": worse}, {"y": SCORES}, LABELS)
+    assert found.passed
+    assert "check the metric" in str(found.suspicion)
+    assert verdict(SCORES, "int8").suspicion is None

@@ -32,7 +32,6 @@ class TvmCompiler:
 
     name: str = "tvm"
     title: str = "Apache TVM"
-    dialect: str = "tvm"
     code_version: str = "1"
 
     def probe(self) -> Toolchain | Missing:
@@ -43,6 +42,10 @@ class TvmCompiler:
         linkers = {isa: tool.name for isa in _TRIPLE if (tool := linker.find(isa)) is not None}
         versions = {**pair, **{f"linker-{isa}": name for isa, name in linkers.items()}}
         return Toolchain(versions=versions, warnings=tuple(_warnings(pair, linkers)))
+
+    def dialect(self, target: Target) -> str:
+        del target
+        return "tvm"
 
     def supports(
         self,
@@ -95,6 +98,11 @@ class TvmCompiler:
 
     def runner_hint(self, target: Target) -> str:
         return run.hint(target)
+
+    def race(self, first: RunJob, second: RunJob) -> tuple[float, float] | None:
+        """Not timed in this version."""
+        del first, second
+        return None
 
     def run(self, job: RunJob) -> Ran:
         return run.run(job)

@@ -1,0 +1,1 @@
+"""From samples to ranges, and from ranges to quantized models."""

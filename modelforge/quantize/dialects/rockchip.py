@@ -1,0 +1,18 @@
+"""Rockchip (rknn-toolkit2): int8 between all operators; it reads Q/DQ with ``optimization_level`` 2."""
+
+from modelforge.quantize.dialects.rules import WEIGHTED, Dialect
+
+DIALECT = Dialect(
+    name="rockchip",
+    title="Rockchip RKNN",
+    signed=True,
+    symmetric=False,
+    per_channel=frozenset({"Conv", "ConvTranspose"}),
+    bias="int32",
+    outputs=WEIGHTED,
+    elementwise=frozenset(
+        "Add Sub Mul Relu LeakyRelu Clip Sigmoid HardSwish AveragePool GlobalAveragePool Concat".split()
+    ),
+    carriers=frozenset("MaxPool Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Resize".split()),
+    sources=("rknn-toolkit2 2.5.0 user guide, section on quantized models",),
+)
