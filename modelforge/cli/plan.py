@@ -33,6 +33,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.result(_document(plan, store))
     if console.json:
         return 0
+    certain = plan.certain()
     console.text(f"{plan.recipe.name} {plan.recipe.version}: {plan.intake.count} samples judge each variant\n")
     console.table(
         ["target", "compiler", "precision", "evidence", "will be", "why"], [_row(variant) for variant in plan.variants]
@@ -40,12 +41,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.text("")
     console.table(
         ["step", "key", "state"],
-        [[step.title, step.key[:12], "cached" if store.read(step.key) else "to run"] for step in plan.steps()],
+        [[step.title, step.key[:12], _state(step.key, certain, store)] for step in plan.steps()],
     )
     for variant in plan.variants:
         if variant.hint and variant.rungs[0].evidence == "reference":
             console.note(f"note: {variant.target.tag} will not be run here; {variant.hint}")
     return 0
+
+
+def _state(key: str, certain: frozenset[str], store: Store) -> str:
+    if store.read(key):
+        return "cached"
+    return "to run" if key in certain else "if a rung above fails"
 
 
 def _row(variant: VariantPlan) -> list[str]:
@@ -63,6 +70,7 @@ def _row(variant: VariantPlan) -> list[str]:
 
 
 def _document(plan: Plan, store: Store) -> dict[str, Any]:
+    certain = plan.certain()
     return {
         "name": plan.recipe.name,
         "version": plan.recipe.version,
@@ -86,7 +94,13 @@ def _document(plan: Plan, store: Store) -> dict[str, Any]:
             for variant in plan.variants
         ],
         "steps": [
-            {"key": step.key, "step": step.name, "title": step.title, "cached": store.read(step.key) is not None}
+            {
+                "key": step.key,
+                "step": step.name,
+                "title": step.title,
+                "cached": store.read(step.key) is not None,
+                "certain": step.key in certain,
+            }
             for step in plan.steps()
         ],
     }

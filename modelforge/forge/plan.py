@@ -99,6 +99,13 @@ class Plan:
                 ordered += rung.steps
         return list({step.key: step for step in ordered}.values())
 
+    def certain(self) -> frozenset[str]:
+        """Keys of the steps that run whatever the gates say: those of lower rungs run only if a higher one fails."""
+        steps = [self.prepare, self.baseline]
+        steps += [step for variant in self.variants if variant.rungs for step in variant.rungs[0].steps]
+        below = [need for step in steps for need in _all_needs(step) if isinstance(need, Step)]
+        return frozenset(step.key for step in [*steps, *below])
+
 
 def make_plan(path: Path, *, tags: Sequence[str] = (), allow_deferred: bool = False) -> Plan:
     """Plan a build.

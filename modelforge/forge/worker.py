@@ -110,6 +110,7 @@ def search(request: Request) -> dict[str, Any]:
 def _quantize(model: Path, folder: Path, request: Request, exclude: Collection[str]) -> dict[str, Any]:
     """Prepared model -> QDQ in the request's dialect, its float rest in the dialect's own precision."""
     from modelforge.quantize.dialects import get_dialect
+    from modelforge.quantize.dialects.tensorrt import merge_casts
     from modelforge.quantize.qdq import quantize_model
 
     dialect = get_dialect(request["dialect"])
@@ -128,8 +129,12 @@ def _quantize(model: Path, folder: Path, request: Request, exclude: Collection[s
     if half:
         import shutil
 
-        facts |= _to_half(out / "model.onnx", folder, model, request["ranges"])
-        shutil.rmtree(out)
+        halved = folder / "fp16-rest"
+        facts |= _to_half(out / "model.onnx", halved, model, request["ranges"])
+        # A Cast between Q/DQ and a layer would hide from the compiler what it makes an INT8 kernel of.
+        facts["merged_casts"] = merge_casts(halved / "model.onnx", folder)
+        for rest in (out, halved):
+            shutil.rmtree(rest)
     return facts
 
 
@@ -140,7 +145,8 @@ def _to_half(model: Path, folder: Path, prepared: Path, ranges: str) -> dict[str
 
     beyond = overflowing(prepared, _ranges(ranges))
     report = asdict(convert_fp16(model, folder, keep_fp32=set(beyond)))
-    return {"fp16": {**report, "kept": {**report["kept"], **beyond}}}
+    kept = {name: reason for name, reason in report["kept"].items() if "quantization scale" not in reason}
+    return {"fp16": {**report, "kept": {**kept, **beyond}}}
 
 
 def emulate(request: Request) -> dict[str, Any]:
