@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,11 @@ def _target(tag: str) -> Target:
 
 @TARGETS
 def test_ppocr_cls(build: Build, tmp_path: Path, tag: str) -> None:
-    package = pytest.importorskip("rapidocr_onnxruntime")
-    model = onnx.load(Path(package.__file__).parent / "models" / "ch_ppocr_mobile_v2.0_cls_infer.onnx")
+    # Found, not imported: its own imports (OpenCV) are not wanted here.
+    found = find_spec("rapidocr_onnxruntime")
+    assert found is not None
+    assert found.origin is not None
+    model = onnx.load(Path(found.origin).parent / "models" / "ch_ppocr_mobile_v2.0_cls_infer.onnx")
     for dimension, size in zip(model.graph.input[0].type.tensor_type.shape.dim, ("batch", 3, 48, 192), strict=True):
         if isinstance(size, str):
             dimension.dim_param = size
