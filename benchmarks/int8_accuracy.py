@@ -22,6 +22,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from modelforge.graph.prepare import prepare
 from modelforge.quantize.calibrate import calibrate
+from modelforge.quantize.equalize import weighted_inputs
 from modelforge.quantize.improve import quantize_best
 from modelforge.quantize.qdq import quantize_model
 
@@ -118,14 +119,6 @@ def infer(model: Path, inputs: Array) -> Array:
     name = session.get_inputs()[0].name
     starts = range(0, len(inputs), BATCH)
     return np.concatenate([session.run(None, {name: inputs[start : start + BATCH]})[0] for start in starts])
-
-
-def weighted_inputs(model: Path) -> list[str]:
-    """What Conv, Gemm and MatMul with a weight read: where equalization wants to know each channel."""
-    from modelforge.graph.load import load
-    from modelforge.quantize.placement import is_weighted
-
-    return sorted({str(node.inputs[0].name) for node in load(model).graph if is_weighted(node) and node.inputs[0]})
 
 
 def peer(model: Path, output: Path, task: Task, ops: list[str] | None) -> None:

@@ -288,6 +288,8 @@ class _Steps:
         needs |= {"ranges": ranges}
         ranking = self._step("rank", f"rank layers ({dialect})", how, {**needs, **calibration})
         needs |= {"ranking": ranking}
+        if precision == "int8":
+            needs |= calibration
         if precision == "mixed":
             needs["search"] = self._step(
                 "search",

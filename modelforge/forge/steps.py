@@ -21,7 +21,7 @@ from modelforge.toolchains import worker
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 1, "rank": 1, "search": 1, "lower": 3, "compile": 1,
+    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 1, "search": 1, "lower": 4, "compile": 1,
     "verify": 3, "describe": 1, "race": 1,
 }  # fmt: skip
 """Part of each step's content key: raised whenever a function gives another result for the same inputs."""
@@ -126,6 +126,7 @@ def lower(context: Context) -> Result:
         request |= {
             "ranges": str(context.files("ranges")["ranges.json"]),
             "exclude": _excluded(context) if "search" in context.needs else [],
+            "samples": str(context.files("calibration")["samples.npz"]) if "calibration" in context.needs else None,
             **_how(context),
         }
     facts = _call("lower", request, context, f"lowering to {context.params['precision']}")

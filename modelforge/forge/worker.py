@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def lower(request: Request) -> dict[str, Any]:
     model, folder = Path(request["model"]), Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     if "ranges" in request:
-        return _quantize(model, folder, request, request["exclude"])
+        return _quantize(model, folder, request, request["exclude"], request.get("samples"))
     if request["precision"] == "fp32":
         for path in model.parent.iterdir():
             shutil.copyfile(path, folder / path.name)
@@ -40,16 +40,20 @@ def lower(request: Request) -> dict[str, Any]:
 
 def calibrate(request: Request) -> dict[str, Any]:
     """Ranges of every activation that a dialect may quantize."""
-    from modelforge.quantize.calibrate import calibrate as calibrate_model
-    from modelforge.quantize.half import float_activations
-
-    # All of them: FP16 must know what overflows, wherever it is.
-    tensors = float_activations(Path(request["model"]))
-    table = calibrate_model(
-        Path(request["model"]), Path(request["samples"]), tensors=tensors, data_digest=request["data_digest"]
-    )
+    table = _measure(Path(request["model"]), Path(request["samples"]), request["data_digest"])
     Path(request["out"]).write_text(table.to_json(), encoding="utf-8")
     return {"tensors": len(table.tensors), "samples": table.samples}
+
+
+def _measure(model: Path, samples: Path, data_digest: str) -> Any:
+    """Ranges of all activations: FP16 must know what overflows, wherever it is. By channel where equalization looks."""
+    from modelforge.quantize.calibrate import calibrate as calibrate_model
+    from modelforge.quantize.equalize import weighted_inputs
+    from modelforge.quantize.half import float_activations
+
+    tensors = float_activations(model)
+    channels = [name for name in weighted_inputs(model) if name in set(tensors)]
+    return calibrate_model(model, samples, tensors=tensors, channels=channels, data_digest=data_digest)
 
 
 def rank(request: Request) -> dict[str, Any]:
@@ -107,25 +111,37 @@ def search(request: Request) -> dict[str, Any]:
     return {"curve": list(found.curve), "chosen": found.chosen, "exclude": exclude, "worst": list(found.worst)}
 
 
-def _quantize(model: Path, folder: Path, request: Request, exclude: Collection[str]) -> dict[str, Any]:
-    """Prepared model -> QDQ in the request's dialect, its float rest in the dialect's own precision."""
+def _quantize(
+    model: Path, folder: Path, request: Request, exclude: Collection[str], samples: str | None = None
+) -> dict[str, Any]:
+    """Prepared model -> QDQ in the request's dialect, its float rest in the dialect's own precision.
+
+    With calibration samples, of several ways (clipping, equalization, bias correction) the one nearest to FP32 on them.
+    """
     from modelforge.quantize.dialects import get_dialect
     from modelforge.quantize.dialects.tensorrt import merge_casts
+    from modelforge.quantize.improve import quantize_best
     from modelforge.quantize.qdq import quantize_model
 
     dialect = get_dialect(request["dialect"])
     half = dialect.remainder == "fp16"
     out = folder / "fp32-rest" if half else folder
-    report = quantize_model(
-        model,
-        _ranges(request["ranges"]),
-        out,
-        dialect=dialect.name,
-        exclude=exclude,
-        method=request["method"],
-        reduce_range=request["reduce_range"],
-    )
-    facts: dict[str, Any] = {"quantize": asdict(report)}
+    table = _ranges(request["ranges"])
+    how: dict[str, Any] = {"dialect": dialect.name, "exclude": exclude, "reduce_range": request["reduce_range"]}
+    facts: dict[str, Any] = {}
+    if samples is None:
+        facts["quantize"] = asdict(quantize_model(model, table, out, method=request["method"], **how))
+    else:
+        best = quantize_best(
+            model,
+            table,
+            out,
+            methods=("auto", "minmax") if request["method"] == "auto" else (request["method"],),
+            feeds=lambda: _feeds(model, Path(samples)),
+            calibrate=lambda path: _measure(path, Path(samples), table.data_digest),
+            **how,
+        )
+        facts = asdict(best)
     if half:
         import shutil
 
@@ -136,6 +152,24 @@ def _quantize(model: Path, folder: Path, request: Request, exclude: Collection[s
         for rest in (out, halved):
             shutil.rmtree(rest)
     return facts
+
+
+def _feeds(model: Path, samples: Path, step: int = 8) -> Iterator[dict[str, Any]]:
+    """The samples as the model takes them: some together where its first dimensions are free, else one at a time."""
+    import onnx
+
+    from modelforge.samples import is_batched, stream_samples
+
+    graph = onnx.load(model, load_external_data=False).graph
+    known = {tensor.name for tensor in graph.initializer}
+    shapes = {
+        value.name: tuple(size.dim_value or size.dim_param or "?" for size in value.type.tensor_type.shape.dim)
+        for value in graph.input
+        if value.name not in known
+    }
+    free = all(shape and isinstance(shape[0], str) for shape in shapes.values())
+    for _, rows in stream_samples(samples, list(shapes), step if free else 1):
+        yield {name: array if is_batched(shapes[name]) else array[0] for name, array in rows.items()}
 
 
 def _to_half(model: Path, folder: Path, prepared: Path, ranges: str) -> dict[str, Any]:

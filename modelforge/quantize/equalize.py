@@ -97,6 +97,11 @@ def _candidates(graph: onnx_ir.Graph) -> list[onnx_ir.Value]:
     return list(found)
 
 
+def weighted_inputs(model: Path) -> list[str]:
+    """What Conv, Gemm and MatMul with a weight read: where equalization wants to know each channel."""
+    return sorted({str(node.inputs[0].name) for node in load(model).graph if is_weighted(node) and node.inputs[0]})
+
+
 def _channel_absmax(table: RangeTable, value: onnx_ir.Value) -> Array | None:
     name = str(value.name)
     if name not in table or table[name].channel_absmax is None:
