@@ -277,8 +277,10 @@ on {platform.machine()}, with {tools}.
   under qemu for large models); photographs, rendered text and real files. A variant passes at 60 dB for fp32, 30 dB for
   fp16, and a cosine that drops by no more than 0.001.
 - **evidence**: `device`, the artifact itself ran on such a machine; `emulator`, it ran under qemu; `reference`, it was
-  not run: the model that the compiler was given ran in ONNX Runtime. No GPU has run any of these engines.
-- **refused**: told at plan time, before any compile, with the reason given. **failed**: the compiler did not make it.
+  not run: the model that the compiler was given ran in ONNX Runtime, FP16 with every tensor's rounding made explicit.
+  No GPU has run any of these engines.
+- **refused**: told at plan time, before any compile, with the reason given. **failed**: the compiler did not make it,
+  or it missed its gate.
 - ResNet-50, SqueezeNet, ShuffleNet and DenseNet-121 are ONNX's light test models with seeded random weights in place
   of their constant fills: with those, every output is the same number and any comparison would succeed.
 - Nothing here is a speed.
