@@ -45,9 +45,9 @@ class RungPlan:
     @property
     def steps(self) -> tuple[Step, ...]:
         """In an order in which each comes after what it needs."""
-        before = [need for need in _all_needs(self.lower) if isinstance(need, Step)]
         own = [step for step in (self.lower, self.compile, self.verify, self.describe, self.race) if step is not None]
-        return (*before, *own)
+        ordered = [each for step in own for each in [*_all_needs(step), step] if isinstance(each, Step)]
+        return tuple({step.key: step for step in ordered}.values())
 
 
 @dataclass(frozen=True)
