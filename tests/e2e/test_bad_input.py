@@ -149,6 +149,13 @@ def test_missing_toolchain(forge: Forge, digits: Path) -> None:
     assert not forge.home.exists()
     plan = forge("plan", digits, "--allow-deferred", "--json", PYTHONPATH=str(hidden)).json
     assert plan["variants"][0]["outcome"] == "deferred"
+    done = forge("build", digits, "--allow-deferred", "--json", PYTHONPATH=str(hidden))
+    assert done.code == 0, done.err
+    record = done.json["variants"][0]
+    assert (record["status"], record["artifact"], record["precision"]) == ("deferred", None, "fp16")
+    assert record["accuracy"]["evidence"] == "reference"
+    files = {each["file"] for each in forge("inspect", "dist/digits-1.0.0", "--target", "t4", "--json").json["files"]}
+    assert {"model.onnx", "golden-inputs.npz", "golden-outputs.npz"} <= files
 
 
 def test_a_precision_that_the_compiler_lacks(forge: Forge, digits: Path) -> None:
