@@ -53,16 +53,14 @@ class _Emulation:
             if tensor.data_type == _HALF:
                 tensor.CopyFrom(_as_float(tensor))
         nodes: list[NodeProto] = []
-        for value in graph.input:
-            if _retype(value):
-                # Of a body, or of a model with FP16 inputs: the caller's values are rounded already.
-                continue
         for node in list(graph.node):
             nodes += self._node(node)
         del graph.node[:]
         graph.node.extend(nodes)
-        for value in graph.output:
-            _retype(value)
+        # What comes in through an FP16 input was rounded by who made it.
+        for value in [*graph.input, *graph.output]:
+            if value.type.tensor_type.elem_type == _HALF:
+                value.type.tensor_type.elem_type = _FLOAT
         del graph.value_info[:]
 
     def _node(self, node: NodeProto) -> Iterable[NodeProto]:
@@ -111,13 +109,6 @@ def _has_half(graph: GraphProto) -> bool:
             if attribute.type == AttributeProto.GRAPH and _has_half(attribute.g):
                 return True
     return False
-
-
-def _retype(value: onnx.ValueInfoProto) -> bool:
-    if value.type.tensor_type.elem_type != _HALF:
-        return False
-    value.type.tensor_type.elem_type = _FLOAT
-    return True
 
 
 def _as_float(tensor: TensorProto) -> TensorProto:
