@@ -122,7 +122,7 @@ def infer(model: Path, inputs: Array) -> Array:
 
 
 def peer(model: Path, output: Path, task: Task, ops: list[str] | None) -> None:
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped
         def __init__(self) -> None:
             self.feeds = iter(task.calibration)
 

@@ -65,12 +65,6 @@ def forge(tmp_path: Path) -> Forge:
     return Forge(tmp_path / "home", tmp_path)
 
 
-@pytest.fixture(scope="session")
-def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all tests that only want a finished build quickly."""
-    return tmp_path_factory.mktemp("shared") / "home"
-
-
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
     """A copy of the digits recipe that a test may change; only its x86-64 target, so that building takes seconds."""

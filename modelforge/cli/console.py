@@ -60,10 +60,6 @@ class Console:
         if not self.quiet:
             print(text, file=sys.stderr)
 
-    def warning(self, text: str) -> None:
-        if not self.quiet:
-            print(f"warning: {text}", file=sys.stderr)
-
     def error(self, text: str) -> None:
         print(f"error: {text}", file=sys.stderr)
 

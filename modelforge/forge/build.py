@@ -64,7 +64,7 @@ def build(
     notes = tuple(_hint(result) for result in built.variants if _hint(result))
     error = _error(built.variants, allow_deferred, store)
     if error is not None:
-        records = [variant_record(result, built, store).to_json() for result in built.variants]
+        records = [variant_record(result, built).to_json() for result in built.variants]
         document = {
             "name": plan.recipe.name, "version": plan.recipe.version, "digest": None, "path": None, "variants": records,
             "error": _fault(error),

@@ -15,7 +15,7 @@ from modelforge.store import Blob, Store, canonical_json, digest_file
 _MEDIA_TYPES = {".onnx": "application/vnd.onnx", ".npz": "application/x-npz", ".json": "application/json"}
 
 
-def variant_record(result: VariantResult, built: Built, store: Store) -> VariantRecord:
+def variant_record(result: VariantResult, built: Built) -> VariantRecord:
     """The record of one variant, failed and skipped ones included."""
     plan, chosen = result.plan, result.chosen
     notes = [plan.reason] if plan.reason else []
@@ -59,8 +59,7 @@ def bundle_content(built: Built, store: Store) -> BundleContent:
     """All that goes into the bundle."""
     recipe = built.plan.recipe
     variants = [
-        VariantContent(variant_record(result, built, store), tuple(_files(result, built, store)))
-        for result in built.variants
+        VariantContent(variant_record(result, built), tuple(_files(result, built, store))) for result in built.variants
     ]
     return BundleContent(
         name=recipe.name, version=recipe.version, about=_about(recipe, built), variants=tuple(variants)

@@ -244,7 +244,7 @@ def _apply(graph: onnx_ir.Graph, move: _Move, factors: Array, value: onnx_ir.Val
         axis = _input_axis(move.kind, array.ndim)
         new = array * factor.reshape([-1 if place == axis else 1 for place in range(array.ndim)])
     # Its own name: others may read the old one.
-    name = f"{old.name}/equalized/{value.name}/{move.node.name}"  # type: ignore[union-attr]
+    name = f"{old.name}/equalized/{value.name}/{move.node.name}"  # type: ignore[union-attr]  # a constant input
     tensor = onnx_ir.tensor(new.astype(np.float32), name=name)
     fresh = onnx_ir.val(name, dtype=tensor.dtype, shape=new.shape, const_value=tensor)
     graph.register_initializer(fresh)

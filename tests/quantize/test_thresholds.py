@@ -67,7 +67,7 @@ def test_the_chosen_range_is_never_worse_than_the_whole(
     symmetric, signed = scheme
     whole = clip_range(tensor, "minmax", symmetric=symmetric, signed=signed, bits=bits)
     for method, weight in (("auto", CLIPPING_WEIGHT), ("mse", 1.0)):
-        chosen = clip_range(tensor, method, symmetric=symmetric, signed=signed, bits=bits)  # type: ignore[arg-type]
+        chosen = clip_range(tensor, method, symmetric=symmetric, signed=signed, bits=bits)  # type: ignore[arg-type]  # a literal
         errors = [
             expected_error(tensor, *ends, symmetric=symmetric, signed=signed, bits=bits, clipping_weight=weight)
             for ends in (chosen, whole)

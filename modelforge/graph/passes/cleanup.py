@@ -57,7 +57,7 @@ class RemoveDeadNodes(InPlacePass):
 
     def call(self, model: onnx_ir.Model) -> PassResult:
         modified = common.RemoveUnusedNodesPass()(model).modified
-        modified |= common.RemoveUnusedFunctionsPass()(model).modified  # type: ignore[no-untyped-call]
+        modified |= common.RemoveUnusedFunctionsPass()(model).modified  # type: ignore[no-untyped-call]  # onnx-ir
         for graph in model.graphs():
             outputs = set(graph.outputs)
             for name, value in list(graph.initializers.items()):
