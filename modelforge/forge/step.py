@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modelforge.errors import InputError
-from modelforge.store import Blob, StepRecord, Store, canonical_json
+from modelforge.store import StepRecord, Store, canonical_json
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,6 @@ class Context:
     def files(self, need: str) -> dict[str, Path]:
         """The blobs of an input, by file name. Read-only, and their own names say nothing."""
         return {name: self._store.blob_path(blob.digest) for name, blob in self._needs[need].files.items()}
-
-    def blobs(self, need: str) -> Mapping[str, Blob]:
-        return self._needs[need].files
 
     def folder(self, need: str) -> Path:
         """The files of an input under their own names.
