@@ -14,6 +14,8 @@ nox.options.default_venv_backend = "virtualenv"  # brings pip, which fetches the
 # Real models come in these wheels; --no-deps, as their own runtimes are not wanted.
 MODEL_WHEELS = ["rapidocr-onnxruntime>=1.4", "rapidocr>=3", "magika>=1", "nudenet>=3.4", "silero-vad>=6"]
 TEST_TOOLS = ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.5", "pillow>=10.1"]
+# Independent judges of signatures and of the bill of materials.
+TEST_TOOLS += ["securesystemslib>=1.1", "cyclonedx-python-lib[json-validation]>=8"]
 # pyproject.toml has ranges; what these sessions install is fixed.
 LOCKED = ["-c", "constraints.txt"]
 LINT_TOOLS = ["ruff>=0.9"]
@@ -22,7 +24,7 @@ IMPORT_TOOLS = ["import-linter>=2"]
 
 
 def _install_all(session: nox.Session) -> None:
-    session.install(*LOCKED, "-e", ".[build,tensorrt-rtx]", *TEST_TOOLS)
+    session.install(*LOCKED, "-e", ".[build,tensorrt-rtx,sign]", *TEST_TOOLS)
     session.install(*LOCKED, "--no-deps", *MODEL_WHEELS)
 
 
@@ -37,7 +39,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict over the package."""
-    session.install(*LOCKED, "-e", ".[build]", *TYPE_TOOLS)
+    session.install(*LOCKED, "-e", ".[build,sign]", *TYPE_TOOLS)
     session.run("mypy")
 
 
@@ -85,13 +87,15 @@ def docs(session: nox.Session) -> None:
     session.run(
         "python", "docs/make_coverage.py", *session.posargs, env={"MODELFORGE_HOME": os.path.abspath("build/home")}
     )
+    if not session.posargs:
+        session.run("python", "docs/make_agreement.py")
 
 
 @nox.session
 def lock(session: nox.Session) -> None:
     """Write constraints.txt anew, from the newest releases that the ranges allow."""
     session.install(
-        "-e", ".[build,tensorrt-rtx]", *TEST_TOOLS, *LINT_TOOLS, *TYPE_TOOLS, *IMPORT_TOOLS, "polygraphy>=0.49"
+        "-e", ".[build,tensorrt-rtx,sign]", *TEST_TOOLS, *LINT_TOOLS, *TYPE_TOOLS, *IMPORT_TOOLS, "polygraphy>=0.49"
     )
     session.install("--no-deps", *MODEL_WHEELS)
     frozen = session.run("python", "-m", "pip", "freeze", "--exclude-editable", silent=True)

@@ -267,6 +267,8 @@ def write(rows: list[list[str]]) -> None:
     head = ["model", "precision", "target", "status", "evidence", "SQNR dB", "agreement", "MB", "why not"]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
     path = Path(__file__).parent / "coverage.md"
+    # What docs/make_agreement.py wrote behind the table stays.
+    agreement = "".join(path.read_text(encoding="utf-8").partition("\n## TensorRT-RTX: ")[1:]) if path.exists() else ""
     path.write_text(
         f"""# Coverage
 
@@ -286,7 +288,7 @@ on {platform.machine()}, with {tools}.
 - Nothing here is a speed.
 
 {table}
-""",
+{agreement}""",
         encoding="utf-8",
     )
 

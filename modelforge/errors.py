@@ -11,6 +11,7 @@ ModelForgeError
  ├── AccuracyError       exit 3   a gate that was not met
  ├── ToolchainMissing    exit 4   vendor software that is not installed here
  └── IntegrityError      exit 5   a digest, signature or registry that says no
+      └── RegistryError           a registry that cannot be reached, or refuses
 
 Every message says what was wrong, where, and how to mend it.
 """
@@ -95,6 +96,16 @@ class IntegrityError(ModelForgeError):
     """A digest, a signature or a registry says no."""
 
     exit_code = 5
+
+
+class RegistryError(IntegrityError):
+    """A registry cannot be reached, or refuses. ``status`` is that of HTTP, None where none came."""
+
+    def __init__(
+        self, what: str, *, where: str | None = None, fix: str | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.status = status
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, field_val
 from pydantic import ValidationError as _Fault
 
 from modelforge.errors import RecipeError, nearest
+from modelforge.options import AtcSection, Options, PreprocessSection, TensorRtSection
 from modelforge.schema import dotted_key, explain, line_suffix
 from modelforge.target import TAG_PATTERN, PositiveFloat, PositiveInt, Precision, SchemaVersion
 
@@ -84,6 +85,7 @@ class InputSection(_Strict):
         tuple[PositiveInt | Annotated[str, Field(min_length=1)], ...],
         Field(description="sizes are whole numbers above 0, or names of symbols bounded under [dims]"),
     ]
+    preprocess: PreprocessSection | None = None
 
 
 class CalibrationSection(_Strict):
@@ -131,12 +133,65 @@ class ServingSection(_Strict):
     fallback: tuple[str, ...] = ()
 
 
+class LinkSection(_Strict):
+    """A link between neighbours of ``split.tiers``: what a transfer costs beside its bytes, and bytes a second."""
+
+    latency_ms: Annotated[float, Strict(), Field(ge=0)]
+    bandwidth: PositiveFloat
+
+
+class SplitSection(_Strict):
+    """How the model is cut into stages; one of ``at``, ``stages``, ``max_stage_bytes`` and ``tiers`` says where.
+
+    Attributes:
+        at: tensors at which stages end; a cut of several tensors is an array.
+        stages: how many, balanced by ``balance``.
+        max_stage_bytes: limit for the weights and activations of a stage.
+        tiers: target tags from the device to the cloud; the cut with the least estimated time over ``links``.
+        names: of the stages, in order; default stage-1, stage-2 ...
+        transport: how float tensors cross from one stage to the next.
+    """
+
+    at: tuple[str | tuple[str, ...], ...] = ()
+    stages: Annotated[int, Strict(), Field(ge=2)] | None = None
+    balance: Literal["flops", "bytes", "time"] = "flops"
+    max_stage_bytes: PositiveInt | None = None
+    tiers: tuple[str, ...] = ()
+    links: tuple[LinkSection, ...] = ()
+    names: tuple[Annotated[str, Field(pattern=r"^[a-z0-9]+(?:-[a-z0-9]+)*$")], ...] = ()
+    transport: Literal["fp32", "fp16", "int8"] = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ways = [self.at, self.stages, self.max_stage_bytes, self.tiers]
+        if sum(bool(way) for way in ways) != 1:
+            raise ValueError("give one of `at`, `stages`, `max_stage_bytes` and `tiers`")
+        if self.tiers and len(self.links) != len(self.tiers) - 1:
+            raise ValueError(f"{len(self.tiers)} tiers need {len(self.tiers) - 1} links between them")
+        if self.links and not self.tiers:
+            raise ValueError("`links` join `tiers`, and there are none")
+        if len(set(self.names)) < len(self.names) or "main" in self.names:
+            raise ValueError("the names of stages must differ, and none may be `main`")
+        return self
+
+
 class TargetSection(_Strict):
     tag: Annotated[str, Field(pattern=TAG_PATTERN, description="a tag has lower-case letters, digits and hyphens only")]
     precision: Annotated[tuple[Precision, ...], Field(min_length=1)]
     required: StrictBool = True
     compiler: str | None = None
     prefer: Literal["ladder", "speed"] = "ladder"
+    stages: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    tensorrt: TensorRtSection | None = None
+    atc: AtcSection | None = None
+    options: dict[str, Any] = {}
+
+    @property
+    def sections(self) -> dict[str, Options]:
+        """What the recipe says to single compilers, by ``Compiler.section``; ``options`` is for those of others."""
+        own = {"tensorrt": self.tensorrt, "atc": self.atc}
+        given: dict[str, Options] = {name: section.given() for name, section in own.items() if section is not None}
+        return given | ({"options": self.options} if self.options else {})
 
     @field_validator("precision")
     @classmethod
@@ -167,6 +222,7 @@ class _RecipeFile(_Strict):
     calibration: CalibrationSection | None = None
     accuracy: AccuracySection | None = None
     serving: ServingSection = ServingSection()
+    split: SplitSection | None = None
     target: Annotated[tuple[TargetSection, ...], Field(min_length=1)]
 
 
@@ -179,10 +235,12 @@ class Recipe:
     version: str
     model: Path
     inputs: dict[str, tuple[int | str, ...]]
+    preprocess: dict[str, PreprocessSection]
     dims: dict[str, Dim]
     calibration: CalibrationSection | None
     accuracy: AccuracySection | None
     serving: ServingSection
+    split: SplitSection | None
     targets: tuple[TargetSection, ...]
 
     @property
@@ -233,10 +291,12 @@ def load_recipe(path: Path) -> Recipe:
         version=file.version,
         model=_model_path(file.model.path, path),
         inputs={name: section.shape for name, section in file.inputs.items()},
+        preprocess={name: each.preprocess for name, each in file.inputs.items() if each.preprocess is not None},
         dims=dict(file.dims),
         calibration=file.calibration,
         accuracy=file.accuracy,
         serving=file.serving,
+        split=file.split,
         targets=file.target,
     )
     _check_symbols(recipe)
@@ -254,6 +314,12 @@ def _check_tags(recipe: Recipe) -> None:
                 fix="give each target once, with its ladder",
             )
         seen.add(section.tag)
+        if section.stages is not None and recipe.split is None:
+            raise RecipeError(
+                "the model is not split, so that there are no stages to choose",
+                where=recipe.where("target", index, "stages"),
+                fix="add [split], or take `stages` out",
+            )
 
 
 def _check_symbols(recipe: Recipe) -> None:

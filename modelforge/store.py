@@ -138,7 +138,7 @@ class Store:
         """
         hasher = hashlib.sha256()
         size = 0
-        with self._writing(), path.open("rb") as source:
+        with self.writing(), path.open("rb") as source:
             folder = self._folder("blobs", "sha256")
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=".part-")
             try:
@@ -188,13 +188,13 @@ class Store:
             "facts": record.facts,
             "files": {name: {"digest": blob.digest, "size": blob.size} for name, blob in record.files.items()},
         }
-        with self._writing():
+        with self.writing():
             write_atomically(self._folder("steps") / f"{record.key}.json", canonical_json(data))
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold the lock of a step: of several builds at once, one does the work and the others wait for it."""
-        with self._writing():
+        with self.writing():
             lock = FileLock(self._folder("locks") / f"{key}.lock")
         with lock:
             yield
@@ -202,10 +202,10 @@ class Store:
     @contextlib.contextmanager
     def workdir(self) -> Iterator[Path]:
         """A private empty folder, gone afterwards."""
-        with self._writing():
+        with self.writing():
             folder = Path(tempfile.mkdtemp(dir=self._folder("work")))
         try:
-            with self._writing():
+            with self.writing():
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -277,7 +277,7 @@ class Store:
         return folder
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Turn what the file system says into what the user can do."""
         try:
             yield

@@ -21,6 +21,9 @@ from modelforge.store import CHUNK
 
 AGAIN = "get the bundle again from where it came"
 
+Where = Path | str
+"""What a message says it is about: a path, or a place in a registry."""
+
 
 @dataclass(frozen=True)
 class Descriptor:
@@ -32,48 +35,45 @@ class Descriptor:
     annotations: Mapping[str, str]
 
 
-def read_json(path: Path, digest: str, size: int) -> dict[str, Any]:
-    return json_object(read_bytes(path, digest, size), path, words.blob_name(digest))
-
-
 def read_bytes(path: Path, digest: str, size: int) -> bytes:
     """A small blob, after its bound, its size and its digest were checked."""
     if size > words.MANIFEST_LIMIT:
         raise damaged(f"a manifest or record of {size} bytes; at most {words.MANIFEST_LIMIT} are allowed", path)
-    check_there(path, digest, size)
-    data = read_small(path, words.blob_name(digest))
+    check_there(path / words.blob_name(digest), size)
+    data = read_small(path / words.blob_name(digest))
     if len(data) != size or f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
         raise damaged("is not what its digest says", path / words.blob_name(digest))
     return data
 
 
-def read_small(path: Path, inside: str) -> bytes:
+def read_small(file: Path) -> bytes:
+    """A file of at most ``MANIFEST_LIMIT`` bytes."""
     try:
-        with parts.open_regular(path / inside, follow=False) as stream:
+        with parts.open_regular(file, follow=False) as stream:
             data = stream.read(words.MANIFEST_LIMIT + 1)
     except InputError as error:
-        raise damaged(error.what, path / inside) from None
+        raise damaged(error.what, file) from None
     except OSError as error:
-        raise damaged(f"cannot be read: {error.strerror}", path / inside) from None
+        raise damaged(f"cannot be read: {error.strerror}", file) from None
     if len(data) > words.MANIFEST_LIMIT:
-        raise damaged(f"is larger than {words.MANIFEST_LIMIT} bytes", path / inside)
+        raise damaged(f"is larger than {words.MANIFEST_LIMIT} bytes", file)
     return data
 
 
-def check_there(path: Path, digest: str, size: int) -> None:
-    """No link is followed: a blob lies in the bundle."""
-    file = path / words.blob_name(digest)
+def check_there(file: Path, size: int) -> None:
+    """No link is followed: a file of a bundle lies in it."""
     try:
         status = os.lstat(file)
     except OSError as error:
-        raise damaged(f"a blob is missing: {error.strerror}", file) from None
+        raise damaged(f"a file is missing: {error.strerror}", file) from None
     if not stat.S_ISREG(status.st_mode):
-        raise damaged("a blob is not a plain file", file)
+        raise damaged("is not a plain file", file)
     if status.st_size != size:
-        raise damaged(f"a blob has {status.st_size} bytes and should have {size}", file)
+        raise damaged(f"has {status.st_size} bytes and should have {size}", file)
 
 
-def content_fault(file: Path) -> str | None:
+def content_fault(file: Path, digest: str) -> str | None:
+    """Why the file is not what its digest says, or None. Hashes all of it."""
     hasher = hashlib.sha256()
     try:
         with parts.open_regular(file, follow=False) as stream:
@@ -83,49 +83,49 @@ def content_fault(file: Path) -> str | None:
         return error.what
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if hasher.hexdigest() == file.name else "is not what its name says"
+    return None if f"sha256:{hasher.hexdigest()}" == digest else "is not what its digest says"
 
 
-def json_object(data: bytes, path: Path, inside: str) -> dict[str, Any]:
+def json_object(data: bytes, where: Where) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise damaged("is not JSON", path / inside) from None
+        raise damaged("is not JSON", where) from None
     if not isinstance(value, dict):
-        raise damaged("is not a JSON object", path / inside)
+        raise damaged("is not a JSON object", where)
     return value
 
 
-def descriptor(value: object, path: Path) -> Descriptor:
+def descriptor(value: object, where: Where) -> Descriptor:
     if not isinstance(value, dict):
-        raise damaged("a content descriptor is not an object", path)
+        raise damaged("a content descriptor is not an object", where)
     media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
     if not isinstance(media_type, str) or not isinstance(digest, str) or not words.is_digest(digest):
-        raise damaged("a content descriptor lacks its media type or its sha256 digest", path)
+        raise damaged("a content descriptor lacks its media type or its sha256 digest", where)
     if type(size) is not int or size < 0:
-        raise damaged("a content descriptor lacks its size", path)
-    return Descriptor(media_type, digest, size, strings(value.get("annotations", {}), path, "annotations"))
+        raise damaged("a content descriptor lacks its size", where)
+    return Descriptor(media_type, digest, size, strings(value.get("annotations", {}), where, "annotations"))
 
 
-def json_list(value: object, path: Path, what: str) -> list[Any]:
+def json_list(value: object, where: Where, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise damaged(f"{what}: not a list", path)
+        raise damaged(f"{what}: not a list", where)
     return value
 
 
-def strings(value: object, path: Path, what: str) -> Mapping[str, str]:
+def strings(value: object, where: Where, what: str) -> Mapping[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise damaged(f"{what}: not strings by name", path)
+        raise damaged(f"{what}: not strings by name", where)
     return value
 
 
-def damaged(what: str, where: Path) -> IntegrityError:
+def damaged(what: str, where: Where) -> IntegrityError:
     return IntegrityError(what, where=str(where), fix=AGAIN)
 
 
-def newer(path: Path, what: str) -> InputError:
+def newer(where: Where, what: str) -> InputError:
     return InputError(
         f"was written by a later ModelForge ({what}); this one reads schema {words.SCHEMA}",
-        where=str(path),
+        where=str(where),
         fix="pip install --upgrade modelforge",
     )

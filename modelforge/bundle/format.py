@@ -29,17 +29,21 @@ VERSION = "org.opencontainers.image.version"
 SCHEMA_KEY = "io.modelforge.schema"
 NAME = "io.modelforge.name"
 KIND = "io.modelforge.kind"
+TARGET = "io.modelforge.target"
+STAGE = "io.modelforge.stage"
 ROLE = "io.modelforge.role"
 
-ROLES = ("artifact", "runner", "runtime-library", "lowered-model", "golden", "report", "log")
+ROLES = ("artifact", "artifact-data", "runner", "runtime-library", "lowered-model", "golden", "report", "log", "job")
 """What a file of a bundle is for, in the order of a manifest's layers."""
 
 LAYOUT_FILE = "oci-layout"
 LAYOUT_JSON = b'{"imageLayoutVersion":"1.0.0"}'
 INDEX_FILE = "index.json"
 BLOBS = "blobs"
-MEMBERS = frozenset({LAYOUT_FILE, INDEX_FILE, BLOBS})
+SIGNATURES = "signatures"
+MEMBERS = frozenset({LAYOUT_FILE, INDEX_FILE, BLOBS, SIGNATURES})
 """All that lies at the top of a bundle folder."""
+SIGNATURE_END = ".sigstore.json"
 
 MANIFEST_LIMIT = 4 << 20
 """Bytes that an index, manifest or record may have: what registries accept, and a bound for readers."""
@@ -49,6 +53,7 @@ NAME_PATTERN = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*\Z"
 VERSION_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z"
 """A tag of the OCI distribution-spec: the version is one."""
 
+_SIGNATURE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}" + re.escape(SIGNATURE_END) + r"\Z")
 _WINDOWS_DEVICES = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|\Z)", re.IGNORECASE)
 _NOT_IN_TITLES = frozenset('/\\:*?"<>|')
 
@@ -60,6 +65,11 @@ def is_digest(value: object) -> bool:
 def blob_name(digest: str) -> str:
     """Where a blob lies, relative to the bundle: ``blobs/sha256/<hex>``."""
     return f"{BLOBS}/sha256/{digest.removeprefix('sha256:')}"
+
+
+def is_signature_name(name: str) -> bool:
+    """Whether a file in ``signatures/`` is a signature by its name; anything else there is a stray."""
+    return _SIGNATURE_NAME.match(name) is not None
 
 
 def title_fault(title: str) -> str | None:
@@ -126,3 +136,8 @@ def variant_labels(record: Mapping[str, Any]) -> dict[str, str]:
     """
     labels = {f"io.modelforge.{key}": record[key] for key in ("target", "stage", "precision", "status", "compiler")}
     return {KIND: "variant"} | {key: value for key, value in labels.items() if value is not None}
+
+
+def labels_json(annotations: Mapping[str, str]) -> dict[str, str | None]:
+    """What the labels of a variant's descriptor say of it, as JSON; None where they say nothing."""
+    return {key: annotations.get(f"io.modelforge.{key}") for key in ("target", "stage", "precision", "status")}

@@ -16,6 +16,8 @@ from typing import Any
 
 from modelforge.bundle import format as words
 from modelforge.bundle import parts
+from modelforge.bundle.documents import top_document
+from modelforge.bundle.members import keep_signatures, signature_strays
 from modelforge.bundle.read import open_bundle, recorded_digest
 from modelforge.bundle.record import VariantRecord
 from modelforge.errors import InputError, IntegrityError
@@ -100,6 +102,8 @@ def write_bundle(destination: Path, content: BundleContent, *, force: bool = Fal
                 with parts.locked(parent):
                     # Again, under the lock: another build may have finished meanwhile.
                     if _must_write(destination, image.digest, force=force):
+                        if recorded_digest(destination) == image.digest:
+                            keep_signatures(destination, part)
                         parts.put_in_place(part, parent / destination.name)
                         return Written(destination, image.digest, unchanged=False)
     return Written(destination, image.digest, unchanged=True)
@@ -123,7 +127,7 @@ def _must_write(destination: Path, digest: str, *, force: bool) -> bool:
             where=str(destination),
             fix="move it away, or give another folder with -o",
         )
-    if strays := sorted(set(os.listdir(destination)) - words.MEMBERS):
+    if strays := sorted(set(os.listdir(destination)) - words.MEMBERS) + signature_strays(destination):
         raise InputError(
             f"holds files that are no part of the bundle: {', '.join(strays)}",
             where=str(destination),
@@ -214,11 +218,9 @@ def _assemble(content: BundleContent) -> _Image:
             words.VERSION: content.version,
         },
     }
-    entry = blobs.document(
-        words.INDEX_TYPE, words.go_json(index), {words.NAME: content.name, words.REF_NAME: content.version}
-    )
-    top = {"schemaVersion": 2, "mediaType": words.INDEX_TYPE, "manifests": [entry]}
-    return _Image(entry["digest"], words.go_json(top), blobs.documents, blobs.files)
+    entry = blobs.document(words.INDEX_TYPE, words.go_json(index))
+    top = top_document(entry["digest"], entry["size"], content.name, content.version)
+    return _Image(entry["digest"], top, blobs.documents, blobs.files)
 
 
 def _about(content: BundleContent) -> bytes:

@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,22 +82,35 @@ def copy_file(source: Path, target: Path, digest: str, size: int, *, mode: int) 
         IntegrityError: the source is not what its digest says.
         InputError: the source cannot be read.
     """
-    hasher = hashlib.sha256()
-    copied = 0
     try:
         reading = open_regular(source)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(source)) from error
-    with reading, _create(target, mode) as writing:
+    with reading:
+        copy_stream(reading, source, [target], digest, size, mode=mode)
+
+
+def copy_stream(reading: BinaryIO, source: Path, targets: Sequence[Path], digest: str, size: int, *, mode: int) -> None:
+    """Copy an open file into new files, reading and hashing it once; as :func:`copy_file`.
+
+    Raises:
+        IntegrityError: the source is not what its digest says.
+    """
+    hasher = hashlib.sha256()
+    copied = 0
+    with contextlib.ExitStack() as stack:
+        writings = [stack.enter_context(create(target, mode)) for target in targets]
         # One byte more than expected is enough to know; a file that grows for ever is not followed.
         while chunk := reading.read(min(CHUNK, size + 1 - copied)):
             hasher.update(chunk)
-            writing.write(chunk)
+            for writing in writings:
+                writing.write(chunk)
             copied += len(chunk)
             if copied > size:
                 break
-        writing.flush()
-        os.fsync(writing.fileno())
+        for writing in writings:
+            writing.flush()
+            os.fsync(writing.fileno())
     if copied != size or f"sha256:{hasher.hexdigest()}" != digest:
         what = f"has {'more' if copied > size else 'other'} content than its digest says"
         raise IntegrityError(
@@ -106,10 +119,21 @@ def copy_file(source: Path, target: Path, digest: str, size: int, *, mode: int) 
 
 
 def write_file(target: Path, data: bytes, *, mode: int) -> None:
-    with _create(target, mode) as writing:
+    with create(target, mode) as writing:
         writing.write(data)
         writing.flush()
         os.fsync(writing.fileno())
+
+
+def replace_file(target: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file, or another in its place: whole or not at all."""
+    part = target.parent / f".part-{secrets.token_hex(8)}"
+    try:
+        write_file(part, data, mode=mode)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(target.parent)
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
@@ -125,9 +149,10 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def _create(path: Path, mode: int) -> BinaryIO:
+def create(path: Path, mode: int, *, buffering: int = -1) -> BinaryIO:
     """Create a new file; ``mode`` is what it may have at most, less the umask."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "wb")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, mode), "wb", buffering)
 
 
 def sync_folder(folder: Path) -> None:
@@ -143,24 +168,20 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn what the file system says into what the user can do."""
+def writing_to(folder: Path, *, instead: str = "give another folder with -o") -> Iterator[None]:
+    """Turn what the file system says into what the user can do: make room or leave, or ``instead``."""
     try:
         yield
     except OSError as error:
         where = str(folder)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BuildError(
-                "no space left on the device", where=where, fix="free some, or give another folder with -o"
-            ) from error
+            raise BuildError("no space left on the device", where=where, fix=f"free some, or {instead}") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(
-                "the output folder cannot be written", where=where, fix="give a folder that you may write to with -o"
+                "the output folder cannot be written", where=where, fix=f"make it writable, or {instead}"
             ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP):
-            raise InputError(
-                f"cannot be made a folder: {error.strerror}", where=where, fix="give another folder with -o"
-            ) from error
+            raise InputError(f"cannot be made a folder: {error.strerror}", where=where, fix=instead) from error
         raise
 
 

@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelforge.bundle import checked, parts
+from modelforge.bundle import checked, documents, parts
 from modelforge.bundle import format as words
+from modelforge.bundle.documents import FileEntry
+from modelforge.bundle.members import signature_strays
 from modelforge.bundle.record import VariantRecord
 from modelforge.errors import InputError, IntegrityError, nearest
 
+__all__ = [
+    "CHECKOUT",
+    "Bundle",
+    "FileEntry",
+    "Report",
+    "Variant",
+    "documents_folder",
+    "export_files",
+    "open_bundle",
+    "place",
+    "recorded_digest",
+    "verify_integrity",
+]
 
-@dataclass(frozen=True)
-class FileEntry:
-    """A file in a bundle; ``digest`` is ``sha256:<hex>``, ``role`` one of ``format.ROLES``, or a later one."""
-
-    digest: str
-    size: int
-    media_type: str
-    role: str
+CHECKOUT = ".modelforge"
+"""Where a pulled folder keeps the OCI documents; the files of its variants lie beside it, under their titles."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,13 @@ class Bundle:
     """One bundle that was opened: all blobs are there with their sizes, all JSON has its digest.
 
     Attributes:
+        path: the folder: an OCI image layout, or a checkout (what `modelforge pull` writes).
         digest: digest of the image index: the bundle's identity.
         about: what holds for all variants (serving, model, recipe ...), JSON.
         files: files that belong to no variant, by title.
         manifests: digests of all manifests, in the order of the index.
         blobs: size by digest of all that the bundle holds, index and manifests included.
+        absent: of a checkout: descriptors of the manifests that were not pulled.
     """
 
     path: Path
@@ -60,6 +70,8 @@ class Bundle:
     variants: tuple[Variant, ...]
     manifests: tuple[str, ...]
     blobs: Mapping[str, int]
+    is_checkout: bool = False
+    absent: tuple[checked.Descriptor, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """The JSON of ``inspect --json``: the contract's keys first, then what ``about`` holds."""
@@ -71,6 +83,8 @@ class Bundle:
             "path": str(self.path),
             "variants": [variant.record.to_json() for variant in self.variants],
         }
+        if self.absent:
+            head["absent"] = [words.labels_json(entry.annotations) | {"digest": entry.digest} for entry in self.absent]
         return head | {key: value for key, value in self.about.items() if key not in head}
 
     def select(self, target: str, stage: str | None = None) -> tuple[Variant, ...]:
@@ -81,6 +95,10 @@ class Bundle:
         """
         of_target = [variant for variant in self.variants if variant.record.target == target]
         if not of_target:
+            if any(entry.annotations.get(words.TARGET) == target for entry in self.absent):
+                raise InputError(
+                    f'the variant for "{target}" was not pulled', where=str(self.path), fix=f"pull --target {target}"
+                )
             known = {variant.record.target for variant in self.variants}
             raise InputError(
                 f'has no variant for the target "{target}"; {nearest(target, known)}', where=str(self.path)
@@ -92,7 +110,7 @@ class Bundle:
         return found
 
     def file(self, variant: Variant | None, name: str) -> Path:
-        """Where the blob of a variant's file lies (of one of the bundle's own files, for None).
+        """Where a variant's file lies (one of the bundle's own files, for None).
 
         Raises:
             InputError: there is no such file; says which there are.
@@ -100,7 +118,19 @@ class Bundle:
         files = self.files if variant is None else variant.files
         if name not in files:
             raise InputError(f'there is no file "{name}"; {nearest(name, files)}', where=str(self.path))
-        return self.path / words.blob_name(files[name].digest)
+        if not self.is_checkout:
+            return self.path / words.blob_name(files[name].digest)
+        if variant is None:
+            raise InputError(
+                f'the file "{name}" belongs to no variant and was not pulled', where=str(self.path), fix="pull --all"
+            )
+        return self.path / place(variant.record.target, variant.record.stage, name)
+
+    def places(self) -> dict[Path, FileEntry]:
+        """Every file of every variant that is here, by where it lies; a layout's blob stands once."""
+        return {
+            self.file(variant, title): entry for variant in self.variants for title, entry in variant.files.items()
+        } | {self.file(None, title): entry for title, entry in self.files.items() if not self.is_checkout}
 
 
 @dataclass(frozen=True)
@@ -121,38 +151,19 @@ class Report:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Open a bundle. Hashes the index, manifests and records; of all other blobs it checks that they are there
-    with their sizes (:func:`verify_integrity` hashes them too).
+    """Open a bundle: a layout or a checkout. Hashes the index, manifests and records; of all other files it checks
+    that they are there with their sizes (:func:`verify_integrity` hashes them too).
 
     Raises:
         InputError: not a bundle, or one of a later format.
         IntegrityError: damaged.
     """
-    top = _read_top(path)
-    index, name, version = _read_index(path, top)
-    blobs = {top.digest: top.size}
-    abouts: list[tuple[Mapping[str, Any], Mapping[str, FileEntry]]] = []
-    variants: list[Variant] = []
-    entries = [checked.descriptor(entry, path) for entry in checked.json_list(index.get("manifests"), path, "index")]
-    for entry in entries:
-        manifest = _read_manifest(path, entry)
-        for part in (entry, *manifest.blobs):
-            if blobs.setdefault(part.digest, part.size) != part.size:
-                raise checked.damaged(f"the blob {part.digest} is said to have two sizes", path)
-        kind = manifest.config.media_type
-        if kind == words.VARIANT_TYPE:
-            variants.append(_variant(path, entry, manifest))
-        elif kind == words.ABOUT_TYPE:
-            abouts.append((_about(path, manifest, name, version), manifest.files))
-        elif kind.startswith("application/vnd.modelforge."):
-            raise checked.newer(path, kind)
-    if len(abouts) != 1:
-        raise checked.damaged(f"the index says {len(abouts)} times what the bundle is about", path)
-    for digest, size in blobs.items():
-        checked.check_there(path, digest, size)
-    ((about, files),) = abouts
-    manifests = tuple(entry.digest for entry in entries)
-    return Bundle(path, name, version, top.digest, about, files, tuple(variants), manifests, blobs)
+    bundle = _read_documents(path)
+    for digest, size in ({} if bundle.is_checkout else bundle.blobs).items():
+        checked.check_there(path / words.blob_name(digest), size)
+    for file, entry in bundle.places().items():
+        checked.check_there(file, entry.size)
+    return bundle
 
 
 def verify_integrity(path: Path) -> Report:
@@ -160,7 +171,7 @@ def verify_integrity(path: Path) -> Report:
 
     Raises:
         InputError: not a bundle, or one of a later format.
-        IntegrityError: damaged; lists every blob that is missing or is not what its name says.
+        IntegrityError: damaged; lists every blob that is missing or is not what its digest says.
     """
     faults: list[str] = []
     bundle: Bundle | None = None
@@ -168,24 +179,65 @@ def verify_integrity(path: Path) -> Report:
         bundle = open_bundle(path)
     except IntegrityError as error:
         faults.append(str(error.what) if error.where == str(path) else f"{error.where}: {error.what}")
-    hashed: dict[str, int] = {}
-    strays = sorted(set(os.listdir(path)) - words.MEMBERS)
-    for file in sorted((path / words.BLOBS).rglob("*")):
-        inside = file.relative_to(path).as_posix()
-        digest = f"sha256:{file.name}"
-        if inside == f"{words.BLOBS}/sha256" and file.is_dir():
-            continue
-        if inside != words.blob_name(digest) or not words.is_digest(digest):
-            strays.append(inside)
-        elif fault := checked.content_fault(file):
-            faults.append(f"{inside}: {fault}")
-        else:
-            hashed[digest] = file.stat().st_size
+    checking = _Hashing(path, faults)
+    if os.path.lexists(path / CHECKOUT) and not os.path.lexists(path / words.LAYOUT_FILE):
+        checking.checkout(bundle)
+    else:
+        checking.layout(path, words.MEMBERS)
     if faults or bundle is None:
         listed = "\n  ".join(dict.fromkeys(faults))
         raise IntegrityError(f"the bundle is damaged:\n  {listed}", where=str(path), fix=checked.AGAIN)
-    unreferenced = tuple(digest for digest in hashed if digest not in bundle.blobs)
-    return Report(bundle.digest, len(hashed), sum(hashed.values()), unreferenced, tuple(strays))
+    unreferenced = tuple(digest for digest in checking.hashed if digest not in bundle.blobs)
+    hashed = checking.hashed
+    return Report(bundle.digest, len(hashed), sum(hashed.values()), unreferenced, tuple(sorted(checking.strays)))
+
+
+class _Hashing:
+    """Hashes what lies in a bundle's folder, and keeps what is wrong and what does not belong there."""
+
+    def __init__(self, path: Path, faults: list[str]) -> None:
+        self.path = path
+        self.faults = faults
+        self.hashed: dict[str, int] = {}
+        self.strays: list[str] = []
+
+    def layout(self, root: Path, members: Collection[str]) -> None:
+        self.strays += [self._inside(root / name) for name in set(os.listdir(root)) - set(members)]
+        self.strays += [self._inside(root / name) for name in signature_strays(root)]
+        for file in sorted((root / words.BLOBS).rglob("*")):
+            inside = file.relative_to(root).as_posix()
+            digest = f"sha256:{file.name}"
+            if inside == f"{words.BLOBS}/sha256" and file.is_dir():
+                continue
+            if inside != words.blob_name(digest) or not words.is_digest(digest):
+                self.strays.append(self._inside(file))
+            else:
+                self._hash(file, digest)
+
+    def checkout(self, bundle: Bundle | None) -> None:
+        self.layout(self.path / CHECKOUT, words.MEMBERS)
+        places = {} if bundle is None else bundle.places()
+        for file, entry in places.items():
+            self._hash(file, entry.digest)
+        folders = {folder for file in places for folder in file.parents}
+        for folder, names, files in os.walk(self.path):
+            here = Path(folder)
+            if here == self.path:
+                names.remove(CHECKOUT)
+            # A link to a folder is no folder of ours; os.walk does not follow it.
+            self.strays += [self._inside(here / name) for name in files if here / name not in places]
+            self.strays += [
+                self._inside(here / name) for name in names if here / name not in folders or (here / name).is_symlink()
+            ]
+
+    def _hash(self, file: Path, digest: str) -> None:
+        if fault := checked.content_fault(file, digest):
+            self.faults.append(f"{self._inside(file)}: {fault}")
+        else:
+            self.hashed[digest] = file.stat().st_size
+
+    def _inside(self, file: Path) -> str:
+        return file.relative_to(self.path).as_posix()
 
 
 def export_files(
@@ -210,8 +262,8 @@ def export_files(
         folder.mkdir(parents=True, exist_ok=True)
         with parts.part_folder(folder) as part:
             for title, entry in wanted.items():
-                checked.check_there(bundle.path, entry.digest, entry.size)
-                source = bundle.path / words.blob_name(entry.digest)
+                source = bundle.file(variant, title)
+                checked.check_there(source, entry.size)
                 parts.copy_file(source, part / title, entry.digest, entry.size, mode=0o666)
             for title in wanted:
                 if (folder / title).is_dir() and not (folder / title).is_symlink():
@@ -225,121 +277,90 @@ def export_files(
 def recorded_digest(path: Path) -> str | None:
     """The digest that the ``index.json`` of a perhaps damaged bundle names; None where ModelForge wrote no bundle."""
     try:
-        (entry,) = json.loads(checked.read_small(path, words.INDEX_FILE))["manifests"]
+        (entry,) = json.loads(checked.read_small(path / words.INDEX_FILE))["manifests"]
         digest = entry["digest"]
         return digest if words.is_digest(digest) and words.NAME in entry["annotations"] else None
     except (InputError, IntegrityError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-# -- the layers of the format, outermost first
+def documents_folder(path: Path) -> Path:
+    """Where the OCI documents of a bundle lie (and its ``signatures/``): the folder itself, or a checkout's own."""
+    if not os.path.lexists(path / words.LAYOUT_FILE) and os.path.lexists(path / CHECKOUT):
+        if (path / CHECKOUT).is_symlink():
+            raise checked.damaged("is a symbolic link", path / CHECKOUT)
+        return path / CHECKOUT
+    return path
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    config: checked.Descriptor
-    config_data: bytes
-    files: Mapping[str, FileEntry]
-    blobs: tuple[checked.Descriptor, ...]
+def place(target: str, stage: str, title: str) -> Path:
+    """Where a file lies in a checkout: ``TARGET/TITLE``, ``TARGET/STAGE/TITLE`` when the stage is not ``main``."""
+    return Path(target, title) if stage == "main" else Path(target, stage, title)
 
 
-def _read_top(path: Path) -> checked.Descriptor:
-    """The descriptor of the image index, as ``index.json`` gives it.
-
-    ``index.json`` has no digest, so nothing may stand in it that is not checked against the index itself.
-    """
-    if not os.path.exists(path / words.LAYOUT_FILE):
-        raise InputError(
-            "is not a bundle", where=str(path), fix="a bundle is the folder NAME-VERSION that `modelforge build` writes"
-        )
-    if checked.json_object(checked.read_small(path, words.LAYOUT_FILE), path, words.LAYOUT_FILE) != {
-        "imageLayoutVersion": "1.0.0"
-    }:
-        raise checked.damaged("is not the `oci-layout` file of version 1.0.0", path / words.LAYOUT_FILE)
-    top = checked.json_object(checked.read_small(path, words.INDEX_FILE), path, words.INDEX_FILE)
-    entries = checked.json_list(top.get("manifests"), path, words.INDEX_FILE)
-    known = top.keys() <= {"schemaVersion", "mediaType", "manifests"}
-    if not known or top.get("schemaVersion") != 2 or top.get("mediaType", words.INDEX_TYPE) != words.INDEX_TYPE:
-        raise checked.damaged("is not an OCI image index", path / words.INDEX_FILE)
-    if len(entries) != 1:
-        raise InputError(f"holds {len(entries)} images; a bundle is one", where=str(path / words.INDEX_FILE))
-    entry = checked.descriptor(entries[0], path)
-    if entry.media_type == words.MANIFEST_TYPE:
-        raise InputError(
-            "holds one manifest, not a whole bundle", where=str(path), fix="copy bundles with `skopeo copy --all`"
-        )
-    if entry.media_type != words.INDEX_TYPE or not entries[0].keys() <= {"mediaType", "digest", "size", "annotations"}:
-        raise checked.damaged("does not lead to an OCI image index", path / words.INDEX_FILE)
-    return entry
+# -- from documents to a bundle
 
 
-def _read_index(path: Path, top: checked.Descriptor) -> tuple[dict[str, Any], str, str]:
-    """The image index, and the name and version that it gives the bundle."""
-    index = checked.read_json(path, top.digest, top.size)
-    annotations = checked.strings(index.get("annotations", {}), path, "index annotations")
-    if words.SCHEMA_KEY not in annotations:
-        raise InputError(
-            "is an OCI image layout, but not a bundle", where=str(path), fix="`modelforge build` makes one"
-        )
-    if annotations[words.SCHEMA_KEY] != str(words.SCHEMA):
-        raise checked.newer(path, f"schema {annotations[words.SCHEMA_KEY]}")
-    name, version = annotations.get(words.NAME, ""), annotations.get(words.VERSION, "")
-    if not re.match(words.NAME_PATTERN, name) or not re.match(words.VERSION_PATTERN, version):
-        raise checked.damaged("the index names no bundle and version", path)
-    _check_labels(path, top.annotations, name, version)
-    return index, name, version
-
-
-def _check_labels(path: Path, labels: Mapping[str, str], name: str, version: str) -> None:
-    """Other tools may leave the labels out; those that are there must tell the truth."""
-    truth = {words.NAME: name, words.REF_NAME: version}
-    for key, label in labels.items():
-        if truth.get(key) != label:
-            raise checked.damaged(
-                f"labels the bundle {key}={label!r}, which it is not ({name} {version})", path / words.INDEX_FILE
-            )
-
-
-def _read_manifest(path: Path, entry: checked.Descriptor) -> _Manifest:
-    if entry.media_type != words.MANIFEST_TYPE:
-        raise checked.damaged(f"the index leads to something unknown: {entry.media_type}", path)
-    manifest = checked.read_json(path, entry.digest, entry.size)
-    config = checked.descriptor(manifest.get("config"), path)
-    layers = [
-        checked.descriptor(layer, path)
-        for layer in checked.json_list(manifest.get("layers"), path, "layers of a manifest")
-    ]
-    files: dict[str, FileEntry] = {}
-    for layer in layers:
-        title = layer.annotations.get(words.TITLE)
-        if title is None and layer.media_type == words.EMPTY_TYPE:
-            continue
-        if title is None or title in files:
-            raise checked.damaged(f"a manifest has a file without a title, or twice the title {title!r}", path)
-        files[title] = FileEntry(layer.digest, layer.size, layer.media_type, layer.annotations.get(words.ROLE, ""))
-    if fault := words.titles_fault(files):
+def _read_documents(path: Path) -> Bundle:
+    root = documents_folder(path)
+    top = _read_top(root)
+    data = checked.read_bytes(root, top.digest, top.size)
+    index = documents.read_index(data, path)
+    documents.check_labels(top.annotations, index, root / words.INDEX_FILE)
+    is_checkout = root != path
+    present, absent = list(index.entries), []
+    if is_checkout:
+        present = [entry for entry in index.entries if os.path.lexists(root / words.blob_name(entry.digest))]
+        absent = [entry for entry in index.entries if entry not in present]
+    blobs = {top.digest: top.size}
+    abouts: list[tuple[Mapping[str, Any], Mapping[str, FileEntry]]] = []
+    variants: list[Variant] = []
+    for entry in present:
+        manifest = documents.read_manifest(checked.read_bytes(root, entry.digest, entry.size), path)
+        config = checked.read_bytes(root, manifest.config.digest, manifest.config.size)
+        of_variant = manifest.kind == words.VARIANT_TYPE
+        for part in (entry, *(manifest.blobs if of_variant or not is_checkout else (manifest.config,))):
+            if blobs.setdefault(part.digest, part.size) != part.size:
+                raise checked.damaged(f"the blob {part.digest} is said to have two sizes", path)
+        if of_variant:
+            where = root / words.blob_name(manifest.config.digest)
+            record = documents.read_record(config, entry, manifest, where)
+            variants.append(Variant(record, entry.digest, manifest.files))
+        elif manifest.kind == words.ABOUT_TYPE:
+            abouts.append((documents.read_about(config, index, path), manifest.files))
+    if len(abouts) != 1:
+        raise checked.damaged(f"the index says {len(abouts)} times what the bundle is about", path)
+    if is_checkout and (fault := places_fault(variants)):
         raise checked.damaged(fault, path)
-    return _Manifest(config, checked.read_bytes(path, config.digest, config.size), files, (config, *layers))
+    ((about, files),) = abouts
+    manifests = tuple(entry.digest for entry in index.entries)
+    return Bundle(
+        path, index.name, index.version, top.digest, about, files, tuple(variants), manifests, blobs,
+        is_checkout, tuple(absent),
+    )  # fmt: skip
 
 
-def _variant(path: Path, entry: checked.Descriptor, manifest: _Manifest) -> Variant:
-    record = VariantRecord.from_bytes(manifest.config_data, where=str(path / words.blob_name(manifest.config.digest)))
-    for key, value in words.variant_labels(record.to_json()).items():
-        if entry.annotations.get(key, value) != value:
-            raise checked.damaged(
-                f"the index labels a variant {key}={entry.annotations[key]!r}, its record says {value!r}", path
-            )
-    if record.artifact is not None:
-        file = manifest.files.get(record.artifact.file)
-        if file is None or (file.digest, file.size) != (record.artifact.digest, record.artifact.size):
-            raise checked.damaged(
-                f"the artifact {record.artifact.file!r} of {record.target} is not in its manifest", path
-            )
-    return Variant(record, entry.digest, manifest.files)
+def places_fault(variants: Sequence[Variant]) -> str | None:
+    """Why the files of these variants cannot lie in one checkout, or None."""
+    folders: dict[str, list[str]] = {}
+    for variant in variants:
+        record = variant.record
+        if fault := words.title_fault(record.stage) or words.title_fault(record.target):
+            return f"{record.target}/{record.stage} cannot be a folder: it {fault}"
+        inside = variant.files if record.stage == "main" else (record.stage,)
+        folders.setdefault(record.target, []).extend(inside)
+    for target, names in folders.items():
+        if fault := words.titles_fault(names):
+            return f"the files of {target} cannot lie in one folder: {fault}"
+    return words.titles_fault(folders)
 
 
-def _about(path: Path, manifest: _Manifest, name: str, version: str) -> Mapping[str, Any]:
-    about = checked.json_object(manifest.config_data, path, "about")
-    if (about.get("schema"), about.get("name"), about.get("version")) != (words.SCHEMA, name, version):
-        raise checked.damaged("the bundle's parts disagree about its name, version or schema", path)
-    return {key: value for key, value in about.items() if key not in ("schema", "name", "version")}
+def _read_top(root: Path) -> checked.Descriptor:
+    if not os.path.lexists(root / words.LAYOUT_FILE):
+        raise InputError(
+            "is not a bundle", where=str(root), fix="a bundle is the folder NAME-VERSION that `modelforge build` writes"
+        )
+    layout = root / words.LAYOUT_FILE
+    if checked.json_object(checked.read_small(layout), layout) != {"imageLayoutVersion": "1.0.0"}:
+        raise checked.damaged("is not the `oci-layout` file of version 1.0.0", layout)
+    return documents.read_top(checked.read_small(root / words.INDEX_FILE), root / words.INDEX_FILE)

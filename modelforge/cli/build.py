@@ -46,10 +46,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )
     console.result(outcome.document)
     if not console.json:
+        stage = ["stage"] if any(record["stage"] != "main" for record in outcome.document["variants"]) else []
         console.table(
-            ["target", "status", "precision", "size", "metric", "reference", "value", "evidence", "built in"],
-            [_row(record, outcome.seconds) for record in outcome.document["variants"]],
+            ["target", *stage, "status", "precision", "size", "metric", "reference", "value", "evidence", "built in"],
+            [_row(record, outcome.seconds, bool(stage)) for record in outcome.document["variants"]],
         )
+        for chain in outcome.document.get("split", {}).get("chains", []):
+            console.text(_chain(chain))
         if outcome.path is not None:
             console.text(f"\n{outcome.path}  {outcome.digest}{'  (unchanged)' if outcome.unchanged else ''}")
     for note in outcome.notes:
@@ -59,10 +62,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _row(record: Mapping[str, Any], seconds: Mapping[tuple[str, str], float]) -> list[str]:
+def _chain(chain: Mapping[str, Any]) -> str:
+    told = " -> ".join(f"{each['stage']} on {each['target']}" for each in chain["stages"])
+    accuracy = chain.get("accuracy")
+    if accuracy is None:
+        return f"\nchain {told}: not run, {chain['reason']}"
+    value = f"{accuracy['metric']} {figure(accuracy['value'])} (FP32 {figure(accuracy['reference'])})"
+    return f"\nchain {told}: {accuracy['gate']}, {value}"
+
+
+def _row(record: Mapping[str, Any], seconds: Mapping[tuple[str, str], float], staged: bool) -> list[str]:
     accuracy, artifact = record["accuracy"], record["artifact"]
     return [
         record["target"],
+        *([record["stage"]] if staged else []),
         record["status"],
         record["precision"] or "-",
         size_text(artifact["size"]) if artifact else "-",

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ class Console:
         """Print a table on stdout; nothing with ``--json``."""
         if self.json:
             return
+        if not has_rich():
+            print(*_plain_table(columns, rows, title), sep="\n")
+            return
         from rich.table import Table
         from rich.text import Text
 
@@ -69,6 +74,20 @@ class Console:
         stream = sys.stderr if stderr else sys.stdout
         # Where nobody looks, no wrapping: a log is searched line by line.
         return RichConsole(stderr=stderr, highlight=False, width=None if stream.isatty() else 200, markup=False)
+
+
+@cache
+def has_rich() -> bool:
+    """Whether `rich` is here: it comes with the build extra, and a deployer's install does without its 14 MB."""
+    return find_spec("rich") is not None
+
+
+def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> list[str]:
+    """The table as lines: no colours, and no folding of long cells."""
+    cells = [list(columns), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [title, *lines] if title else lines
 
 
 def _style(cell: str) -> str:

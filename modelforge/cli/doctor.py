@@ -13,6 +13,8 @@ DESCRIPTION = (
 )
 EXAMPLE = "modelforge doctor"
 
+_DEFERRED = "`build --allow-deferred` prepares all but the compile, which `finalize` does on the device"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     del parser
@@ -36,6 +38,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             compilers.append(
                 {"name": name, "status": "ready", "versions": dict(found.versions), "warnings": list(found.warnings)}
             )
+    missing = {each["name"]: each["reason"] for each in compilers if each["status"] == "missing"}
     ready = {each["name"] for each in compilers if each["status"] == "ready"}
     targets: list[dict[str, Any]] = []
     for target in registry:
@@ -46,7 +49,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             compiler = get_compiler(usable)
             entry["evidence"] = compiler.runner(target) or "reference"
             entry["hint"] = compiler.runner_hint(target)
-        entry["status"] = "ready" if usable else ("missing" if built else "not built yet")
+        entry["status"] = "ready" if usable else ("deferred" if built else "not built yet")
+        entry["why"] = "" if usable or not built else missing[built[0]]
         targets.append(entry)
     console.result(
         {
@@ -77,6 +81,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ["target", "status", "compiler", "evidence here"],
         [[each["tag"], each["status"], each["compiler"] or "-", each["evidence"] or "-"] for each in targets],
     )
+    for why in dict.fromkeys(each["why"] for each in targets if each["why"]):
+        tags = ", ".join(each["tag"] for each in targets if each["why"] == why)
+        console.text(f"\n{tags}: {why}; {_DEFERRED}")
     for each in compilers:
         for advice in [each["fix"]] if "fix" in each else each["warnings"]:
             console.text(f"\n{each['name']}: {advice}")

@@ -1,4 +1,4 @@
-"""`modelforge inspect`: what a bundle or a bare ONNX model holds."""
+"""`modelforge inspect`: what a bundle, a bare ONNX model or a TensorRT engine holds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from modelforge.cli.console import Console, figure, size_text
 
-DESCRIPTION = "Show what is in a bundle (a folder) or an ONNX model (a file). Reads, and loads nothing that could run."
+DESCRIPTION = """Show what is in a bundle (a folder), an ONNX model or a TensorRT engine (a file). Reads, and loads
+nothing that could run: of an engine its header only."""
 EXAMPLE = "modelforge inspect dist/digits-1.0.0 --json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="BUNDLE|MODEL.onnx")
+    parser.add_argument("path", type=Path, metavar="BUNDLE|MODEL.onnx|ENGINE")
     parser.add_argument("--target", metavar="TAG", help="of a bundle: this variant in full")
     parser.add_argument(
         "--dim",
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    if args.path.is_file() and _is_engine(args.path):
+        return _engine(args.path, console)
     if args.path.is_file():
         return _model(args.path, args.dim, console)
     return _bundle(args.path, args.target, console)
@@ -83,6 +86,45 @@ def _row(record: dict[str, Any]) -> list[str]:
         size_text(artifact["size"]) if artifact else "-", accuracy["metric"] or "-", figure(accuracy["reference"]),
         figure(accuracy["value"]), accuracy["evidence"],
     ]  # fmt: skip
+
+
+def _is_engine(path: Path) -> bool:
+    """By its first bytes; by its name too, so that a damaged engine is told as one."""
+    from modelforge.compilers.engine_header import is_engine
+
+    return is_engine(path) or path.suffix in (".engine", ".plan", ".trt")
+
+
+def _engine(path: Path, console: Console) -> int:
+    from modelforge.compilers.engine_header import read_header
+    from modelforge.compilers.tensorrt.product import PRODUCTS, find, parse_version
+
+    header = read_header(path)
+    product = next(each for each in PRODUCTS.values() if each.magic == header.magic)
+    installed = find(product)
+    numbers = parse_version(installed.version) if installed else ()
+    document = {
+        "path": str(path),
+        "product": header.product,
+        "magic": header.magic,
+        "version": header.version_text,
+        "size": header.size,
+        "is_whole": header.is_whole,
+        "installed": installed.version if installed else None,
+        "same_version": header.version[: len(numbers)] == numbers[:4] if installed else None,
+    }
+    console.result(document)
+    if console.json:
+        return 0
+    whole = {True: "as its header says", None: "its header does not say how long it should be", False: ""}
+    console.text(f"{path}: an engine of {header.product} {header.version_text}; not loaded\n")
+    console.text(f"size       {size_text(header.size)} ({header.size:,} bytes), {whole[header.is_whole]}")
+    if installed is None:
+        console.text(f"installed  no {header.product} here")
+    else:
+        fits = "the same" if document["same_version"] else f"another: it belongs to {header.version_text}"
+        console.text(f"installed  {header.product} {installed.version}, {fits}")
+    return 0
 
 
 def _model(path: Path, dims: list[str], console: Console) -> int:

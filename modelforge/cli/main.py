@@ -20,13 +20,29 @@ COMMANDS = {
     "init": "write a recipe for a model",
     "plan": "show what a build would do, and do nothing",
     "build": "build a bundle from a recipe",
+    "finalize": "compile a deferred variant on its device",
     "inspect": "show what is in a bundle or an ONNX model",
     "verify": "check a bundle's digests, and run its golden samples where possible",
+    "sign": "sign a bundle, or make the keys for it",
+    "bom": "write a bundle's bill of materials (CycloneDX ML-BOM)",
     "report": "show how each variant was judged, on the terminal or as one HTML page",
     "targets": "list the target profiles",
+    "toolchain": "install, list or remove vendor toolchains that need an environment of their own",
     "doctor": "tell which toolchains are here, and how to get the others",
+    "ascend": "check an atc command line, or explain the log of an atc run that failed",
     "calibrate": "measure the ranges of a model's activations, or merge range tables",
     "quantize": "write the INT8 (QDQ) form of a model in one dialect",
+    "split": "cut a model into stages, over device, edge and cloud where asked",
+    "select": "choose the variant to run on this device, and where to go if not here",
+    "export": "write a variant as plain files or as a Triton model repository",
+    "diff": "show what differs between two bundles",
+    "push": "push a bundle into a registry",
+    "pull": "pull the variants that a device needs",
+    "ls": "list tags and variants in a registry",
+    "tag": "give what is in a registry another tag",
+    "login": "keep credentials for a registry",
+    "logout": "forget credentials for a registry",
+    "prune": "remove what pulls left in the store",
     "cache": "list, prune or verify the cache",
 }
 
@@ -95,7 +111,7 @@ def _top_level(arguments: list[str]) -> int:
         description="One ONNX model in; one versioned bundle out, compiled and accuracy-checked for every target.",
         epilog=f"commands:\n{lines}\n\nexample:\n  modelforge build recipes/digits\n\n"
         "`modelforge COMMAND --help` tells more. Exit codes: 0 done, 1 build failed, 2 bad input, 3 accuracy gate\n"
-        "failed, 4 toolchain missing, 5 integrity, 130 interrupted.",
+        "failed, 4 toolchain missing, 5 integrity, signature or registry refusal, 130 interrupted.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -17,14 +17,25 @@ EXAMPLE = "modelforge plan recipes/digits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a folder with recipe.toml, or a TOML file")
+    parser.add_argument(
+        "recipe", type=Path, help="a folder with recipe.toml, or a TOML file; with --matrix a model too"
+    )
     parser.add_argument("--target", action="append", default=[], metavar="TAG", help="only this target (repeatable)")
     parser.add_argument(
         "--allow-deferred", action="store_true", help="defer a target whose toolchain is missing instead of refusing it"
     )
+    matrix = parser.add_argument_group("where can it run")
+    matrix.add_argument("--matrix", action="store_true", help="hold the model against every target, by estimate")
+    matrix.add_argument("--task", metavar="TASK", help="whose latency budget holds; default interactive, 50 ms")
+    matrix.add_argument("--latency-budget", type=float, metavar="MS", help="for one inference")
+    matrix.add_argument("--size", action="append", default=[], metavar="NAME=N", help="size of an open dimension")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    if args.matrix:
+        from modelforge.cli.matrix import show_matrix
+
+        return show_matrix(args, console)
     from modelforge.forge.plan import make_plan
     from modelforge.store import Store
 
@@ -43,6 +54,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ["step", "key", "state"],
         [[step.title, step.key[:12], _state(step.key, certain, store)] for step in plan.steps()],
     )
+    for chain in plan.chains:
+        members = [plan.variants[place] for place in chain]
+        told = " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)
+        console.text(f"\nthen the chain {told} is judged as the whole model")
     for variant in plan.variants:
         if variant.hint and variant.rungs[0].evidence == "reference":
             console.note(f"note: {variant.target.tag} will not be run here; {variant.hint}")
@@ -69,6 +84,11 @@ def _row(variant: VariantPlan) -> list[str]:
     ]
 
 
+def _chains(plan: Plan) -> list[list[dict[str, str]]]:
+    members = [[plan.variants[place] for place in chain] for chain in plan.chains]
+    return [[{"stage": each.stage, "target": each.target.tag} for each in chain] for chain in members]
+
+
 def _document(plan: Plan, store: Store) -> dict[str, Any]:
     certain = plan.certain()
     return {
@@ -93,6 +113,7 @@ def _document(plan: Plan, store: Store) -> dict[str, Any]:
             }
             for variant in plan.variants
         ],
+        **({} if plan.split is None else {"split": plan.split.facts(), "chains": _chains(plan)}),
         "steps": [
             {
                 "key": step.key,

@@ -7,7 +7,7 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from modelforge.cli.console import Console
+from modelforge.cli.console import Console, has_rich
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -29,7 +29,7 @@ class Progress:
         self.ran = 0
 
     def __enter__(self) -> Self:
-        if not self._console.quiet and sys.stderr.isatty():
+        if not self._console.quiet and sys.stderr.isatty() and has_rich():
             from rich.progress import Progress as RichProgress
             from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 

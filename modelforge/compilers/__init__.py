@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from modelforge.compilers.protocol import Compiler
 from modelforge.errors import BuildError, nearest
+
+if TYPE_CHECKING:  # every child process that runs a compiler imports this package: it stays light
+    from modelforge.compilers.protocol import Compiler
 
 GROUP = "modelforge.compilers"
 

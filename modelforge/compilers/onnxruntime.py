@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
 from modelforge.errors import BuildError, UnsupportedError
 from modelforge.graph.facts import ModelFacts
+from modelforge.options import NO_OPTIONS, Options
 from modelforge.recipe import Dim
 from modelforge.target import CpuArchitecture, Target
 from modelforge.toolchains import host, worker
@@ -35,6 +37,7 @@ class OnnxRuntimeCompiler:
 
     name = "onnxruntime"
     title = "ONNX Runtime"
+    section = None
     code_version = "1"
 
     def probe(self) -> Toolchain | Missing:
@@ -55,8 +58,10 @@ class OnnxRuntimeCompiler:
         precision: str,
         inputs: Mapping[str, tuple[int | str, ...]],
         dims: Mapping[str, Dim],
+        options: Options = NO_OPTIONS,
     ) -> list[Refusal]:
         """Say what is known to fail: no CPU, operators of unknown domains, fp16 where it has no kernels."""
+        del options  # it has none of its own
         if not isinstance(target.arch, CpuArchitecture):
             return [Refusal("architecture", f"{target.tag} is no CPU", "choose another compiler")]
         refusals = [
@@ -112,6 +117,7 @@ class OnnxRuntimeCompiler:
             files={name: job.workdir / name for name in names},
             commands=(("onnxruntime.InferenceSession", "--graph-optimization-level=basic", f"--save={output.name}"),),
             requires=f"ONNX Runtime {_line(optimised['version'])} or later, CPU execution provider",
+            needs={"onnxruntime": f">={_line(optimised['version'])}"},
             report={"nodes": optimised["nodes"]},
         )
 
@@ -172,7 +178,17 @@ class OnnxRuntimeCompiler:
         )
         if not job.outputs.is_file():
             raise BuildError("ONNX Runtime wrote no outputs", where=job.artifact)
-        return Ran("device")
+        return Ran("device", latency=self._timed(job) if job.timed else {})
+
+    def _timed(self, job: RunJob) -> dict[str, Any]:
+        timed = worker.call(
+            "modelforge.compilers.onnxruntime_worker:time_batches",
+            {"model": str(_model_beside_its_data(job)), "inputs": str(job.inputs), "batches": job.timed, "threads": 1},
+            workdir=job.workdir,
+            timeout=job.timeout,
+            what=f"ONNX Runtime, timing {job.artifact} for {job.target.tag}",
+        )
+        return {"by_batch": timed["by_batch"], "threads": 1, "rounds": timed["rounds"]}
 
 
 def _why_no_fp16(precision: str) -> str:

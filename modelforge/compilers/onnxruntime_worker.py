@@ -50,6 +50,31 @@ def race(request: dict[str, Any]) -> dict[str, Any]:
     return {"p50_ms": [round(statistics.median(taken[1:]), 4) for taken in times], "rounds": len(times[0]) - 1}
 
 
+def time_batches(request: dict[str, Any]) -> dict[str, Any]:
+    """Median milliseconds of one execution by batch size, the first sample repeated. Request: model, inputs (.npz),
+    batches, threads. Rounds until a second is spent on a size, 10 to 200; ``rounds`` of the answer is their least."""
+    options = _options(threads=request["threads"])
+    session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
+    inputs = session.get_inputs()
+    _, arrays = next(_batches(Path(request["inputs"]), [each.name for each in inputs], 1))
+    medians, rounds = {}, _ROUNDS[1]
+    for size in request["batches"]:
+        feeds = {}
+        for each in inputs:
+            feed = _one_feed(arrays[each.name], each.shape)
+            free = bool(each.shape) and not isinstance(each.shape[0], int)
+            feeds[each.name] = np.repeat(feed, size, axis=0) if free else feed
+        taken: list[float] = []
+        begun = time.perf_counter()
+        while len(taken) < _ROUNDS[0] or (len(taken) < _ROUNDS[1] and time.perf_counter() - begun < 1):
+            start = time.perf_counter()
+            session.run(None, feeds)
+            taken.append((time.perf_counter() - start) * 1000)
+        medians[str(size)] = round(statistics.median(taken[1:]), 4)
+        rounds = min(rounds, len(taken) - 1)
+    return {"by_batch": medians, "rounds": rounds}
+
+
 def _one_feed(array: Array, shape: list[Any]) -> Array:
     """A batch as it goes into a session: without the axis of samples where the model has none."""
     return array if is_batched([size if isinstance(size, int) else "?" for size in shape]) else array[0]

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from modelforge.graph.facts import ModelFacts
-from modelforge.recipe import Dim
-from modelforge.target import Target
+if TYPE_CHECKING:  # child processes import this for its plain values, and need no pydantic
+    from modelforge.graph.facts import ModelFacts
+    from modelforge.options import Options, PreprocessSection
+    from modelforge.recipe import Dim
+    from modelforge.target import Target
+
+_NO_OPTIONS: Final[Mapping[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class CompileJob:
         inputs: shape by input name; an int, or the symbol of a dimension bounded in ``dims``.
         workdir: a private empty folder; all files of the result lie below it.
         timeout: seconds for each child process.
+        options: what the recipe's target says to this compiler (``Compiler.section``).
+        preprocess: by input name, what the device does to a raw image before the model sees it.
     """
 
     model: Path
@@ -65,7 +71,8 @@ class CompileJob:
     dims: Mapping[str, Dim]
     workdir: Path
     timeout: float
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
+    preprocess: Mapping[str, PreprocessSection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Compiled:
         files: bundle file name -> path. Names are plain (no folders).
         commands: what was run, in neutral words: no path of this machine.
         requires: what the device needs to run it, in one sentence.
+        needs: the same for programs, by name: ``{"tensorrt_rtx": "==1.7.1.116", "sm": 75}``. Stands beside ``requires``
+            in the variant record.
         notes: what a reader of the record must know.
         report: facts worth keeping (sizes, functions, rules that applied); JSON.
     """
@@ -87,6 +96,7 @@ class Compiled:
     requires: str
     notes: tuple[str, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ class RunJob:
         batch: how many samples to run at once (1 where the first dimension is fixed).
         outputs: where to write an .npz with one array per model output, samples along the first axis as in
             ``inputs``.
+        timed: batch sizes to time after that, where the evidence is ``device``: ``latency.by_batch`` of the answer
+            has medians in milliseconds by size. A runner that cannot leaves it out.
     """
 
     files: Mapping[str, Path]
@@ -110,6 +122,7 @@ class RunJob:
     outputs: Path
     workdir: Path
     timeout: float
+    timed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,9 @@ class Compiler(Protocol):
 
     name: str
     title: str
+    section: str | None
+    """The sub-table of a recipe's target that speaks to it, ``options`` for other packages' compilers; None where it
+    takes no options."""
     code_version: str
     """Raised whenever the same inputs would give another artifact: part of the content key."""
 
@@ -142,8 +158,12 @@ class Compiler(Protocol):
         precision: str,
         inputs: Mapping[str, tuple[int | str, ...]],
         dims: Mapping[str, Dim],
+        options: Options = _NO_OPTIONS,
     ) -> list[Refusal]:
-        """Say why this model cannot be compiled for this target at this precision; empty if nothing is known."""
+        """Say why this model cannot be compiled for this target at this precision with these options of the recipe.
+
+        Empty if nothing is known against it.
+        """
 
     def compile(self, job: CompileJob) -> Compiled:
         """Compile in a child process.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modelforge.errors import DataError, InputError, nearest
-from modelforge.forge.plan import TIMEOUT
+from modelforge.forge.stages import TIMEOUT
 from modelforge.graph.facts import TensorFacts
 from modelforge.store import write_atomically
 from modelforge.toolchains import worker

@@ -12,9 +12,10 @@ from typing import Any
 from modelforge.bundle.layout import write_bundle
 from modelforge.bundle.read import open_bundle
 from modelforge.errors import AccuracyError, BuildError, InputError, ModelForgeError, ToolchainMissing
+from modelforge.forge.efficiency import Measurement, record_measurement
 from modelforge.forge.package import bundle_content, variant_record
 from modelforge.forge.plan import make_plan
-from modelforge.forge.run import Reporter, VariantResult, run_plan
+from modelforge.forge.run import Built, Reporter, VariantResult, run_plan
 from modelforge.store import Store
 
 
@@ -62,7 +63,7 @@ def build(
     built = run_plan(plan, store, reporter, jobs=jobs)
     seconds = {(result.plan.target.tag, result.plan.stage): result.seconds for result in built.variants}
     notes = tuple(_hint(result) for result in built.variants if _hint(result))
-    error = _error(built.variants, allow_deferred, store)
+    error = _error(built.variants, allow_deferred, store) or _chain_error(built)
     if error is not None:
         records = [variant_record(result, built).to_json() for result in built.variants]
         document = {
@@ -71,9 +72,30 @@ def build(
         }  # fmt: skip
         error.reported = True
         return Outcome(document, None, None, False, seconds, notes, error)
+    _remember(built, store)
     written = write_bundle(destination, bundle_content(built, store), force=force)
     summary = open_bundle(destination).summary()
     return Outcome(summary, destination, written.digest, written.unchanged, seconds, notes, None)
+
+
+def _remember(built: Built, store: Store) -> None:
+    """Keep what was measured on devices: it corrects the estimates of `plan --matrix` on this machine."""
+    for result in built.variants:
+        chosen = result.chosen
+        if chosen is None or chosen.estimate is None or chosen.plan.evidence != "device":
+            continue
+        measured, estimated = chosen.verify.facts["latency"].get("by_batch", {}), chosen.estimate.facts["by_batch"]
+        for size in sorted(measured.keys() & estimated.keys(), key=int):
+            measurement = Measurement(
+                target=result.plan.target.tag,
+                compiler=result.plan.compiler or "",
+                precision=chosen.plan.precision,
+                model=f"{built.plan.recipe.name}/{result.plan.stage}",
+                batch=int(size),
+                estimated=estimated[size] / 1e3,
+                measured=measured[size] / 1e3,
+            )
+            record_measurement(measurement, evidence="device", home=store.home)
 
 
 def _check_output(output: Path) -> None:
@@ -109,6 +131,25 @@ def _error(variants: Sequence[VariantResult], allow_deferred: bool, store: Store
             )
         if result.status == "skipped" or (result.status == "deferred" and not allow_deferred):
             return ToolchainMissing(result.plan.reason, where=f"target {tag}", fix="`modelforge doctor` tells more")
+    return None
+
+
+def _chain_error(built: Built) -> ModelForgeError | None:
+    """Stages that each meet their gate do not make a chain that does."""
+    for chain in built.chains:
+        members = [built.plan.variants[place] for place in chain.members]
+        if chain.passed or not all(each.required for each in members):
+            continue
+        where = "chain " + " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)
+        if chain.record is not None:
+            reasons = "; ".join(chain.record.facts["accuracy"]["reasons"])
+            return AccuracyError(
+                f"the stages one after the other do not meet the gate: {reasons}",
+                where=where,
+                fix="put a higher precision first in a stage's ladder, or cross at fp32 (split.transport)",
+            )
+        if chain.error is not None:
+            return type(chain.error)(chain.error.what, where=where, fix=chain.error.fix)
     return None
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modelforge.compilers import compiler_names, get_compiler
 from modelforge.compilers.protocol import Compiler, Missing, Refusal, Toolchain
 from modelforge.errors import ToolchainMissing, UnsupportedError, nearest
 from modelforge.forge.intake import Intake
+from modelforge.forge.stages import Stage
+from modelforge.options import NO_OPTIONS
 from modelforge.recipe import TargetSection
 from modelforge.target import Target
 
@@ -31,7 +33,7 @@ class Choice:
     refused: tuple[Mapping[str, Any], ...]
 
 
-def choose(intake: Intake, section: TargetSection, target: Target, where: str) -> Choice:
+def choose(intake: Intake, stage: Stage, section: TargetSection, target: Target, where: str) -> Choice:
     """The first compiler, in the profile's order, that is here and can have the model at some rung of the ladder.
 
     One that is not installed is taken only if no other serves.
@@ -41,7 +43,9 @@ def choose(intake: Intake, section: TargetSection, target: Target, where: str) -
         UnsupportedError: those that are refuse the model at every rung.
     """
     built = _built(section, target, where)
+    _check_sections(section, target, built, where)
     absent: Choice | None = None
+    lacking: list[tuple[Compiler, Missing]] = []
     reasons: list[str] = []
     fixes: list[str] = []
     for name in built:
@@ -49,7 +53,7 @@ def choose(intake: Intake, section: TargetSection, target: Target, where: str) -
         accepted: list[str] = []
         refused: list[dict[str, Any]] = []
         for precision in section.precision:
-            refusals = _refusals(intake, target, compiler, precision)
+            refusals = _refusals(intake, stage, section, target, compiler, precision)
             if not refusals:
                 accepted.append(precision)
                 continue
@@ -60,14 +64,23 @@ def choose(intake: Intake, section: TargetSection, target: Target, where: str) -
             found = compiler.probe()
             if isinstance(found, Toolchain):
                 return Choice(compiler, found, None, tuple(accepted), tuple(refused))
+            lacking.append((compiler, found))
             absent = absent or Choice(compiler, None, found, tuple(accepted), tuple(refused))
     if absent is not None:
-        return absent
+        return replace(absent, missing=_any_of(lacking))
     raise UnsupportedError(
         f'target "{target.tag}" cannot have this model: ' + "; ".join(dict.fromkeys(reasons)),
         where=where,
         fix=next((fix for fix in fixes if fix), None),
     )
+
+
+def _any_of(lacking: list[tuple[Compiler, Missing]]) -> Missing:
+    """Any one of several compilers would do: the user may have a way to only one of them."""
+    if len(lacking) == 1:
+        return lacking[0][1]
+    reason = "; ".join(f"{compiler.title}: {each.reason}" for compiler, each in lacking)
+    return Missing(reason, "; or ".join(each.fix for _, each in lacking))
 
 
 def _built(section: TargetSection, target: Target, where: str) -> list[str]:
@@ -88,11 +101,27 @@ def _built(section: TargetSection, target: Target, where: str) -> list[str]:
     return [section.compiler] if section.compiler else built
 
 
-def _refusals(intake: Intake, target: Target, compiler: Compiler, precision: str) -> list[Refusal]:
+def _check_sections(section: TargetSection, target: Target, built: list[str], where: str) -> None:
+    """An option that no compiler of the target reads would be silently without effect."""
+    sections = [get_compiler(name).section for name in built]
+    read = sorted({each for each in sections if each is not None})
+    for name in section.sections:
+        if name not in read:
+            raise UnsupportedError(
+                f'[target.{name}] speaks to a compiler that does not serve target "{target.tag}"',
+                where=where.removesuffix(".tag") + f".{name}",
+                fix="take it out" + "".join(f"; what its compilers read is [target.{each}]" for each in read),
+            )
+
+
+def _refusals(
+    intake: Intake, stage: Stage, section: TargetSection, target: Target, compiler: Compiler, precision: str
+) -> list[Refusal]:
     if precision in ("int8", "mixed") and intake.calibration is None:
         what = f"{precision} needs calibration data, and the recipe has none"
         return [Refusal("no-calibration", what, "add [calibration] with `data`: some hundred real inputs")]
     if precision not in target.precisions:
         what = f"{target.title} has no hardware support for {precision}"
         return [Refusal("hardware", what, f"its precisions: {', '.join(target.precisions)}")]
-    return compiler.supports(intake.facts, target, precision, intake.inputs, intake.recipe.dims)
+    options = section.sections.get(compiler.section or "", NO_OPTIONS)
+    return compiler.supports(stage.facts, target, precision, stage.inputs, intake.recipe.dims, options)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelforge.bundle.read import Bundle, Variant, export_files
 from modelforge.compilers import compiler_names, get_compiler
-from modelforge.compilers.protocol import RunJob, Toolchain
+from modelforge.compilers.protocol import Compiler, Ran, RunJob, Toolchain
 from modelforge.errors import ModelForgeError
-from modelforge.target import Registry
+from modelforge.target import Registry, Target
 from modelforge.toolchains import worker
 
 TIMEOUT = 600.0
@@ -58,31 +59,40 @@ def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
     workdir = Path(tempfile.mkdtemp(prefix="modelforge-verify-"))
     try:
         outputs = workdir / "outputs.npz"
-        (workdir / "run").mkdir()
         files = export_files(bundle, variant, workdir / "files")
-        job = RunJob(
-            files=files,
-            artifact=record.artifact.file,
-            target=target,
-            inputs=files["golden-inputs.npz"],
-            batch=1,  # any variant takes single samples, or pads to its smallest size
-            outputs=outputs,
-            workdir=workdir / "run",
-            timeout=TIMEOUT,
-        )
-        ran = compiler.run(job)
-        request = {
-            "reference": str(files["golden-outputs.npz"]),
-            "value": str(outputs),
-            "precision": record.precision,
-        }
-        figures = worker.call(
-            "modelforge.forge.worker:compare_golden", request, workdir=workdir / "judge", timeout=TIMEOUT,
-            what=f"comparing the golden samples of {tag}",
-        )  # fmt: skip
+        ran = run_artifact(compiler, target, record.artifact.file, files, files["golden-inputs.npz"], outputs, workdir)
+        figures = compare_golden(files["golden-outputs.npz"], outputs, record.precision, workdir, tag)
     except ModelForgeError as error:
         return GoldenResult(tag, record.stage, "failed", evidence, str(error), {})
     finally:
         shutil.rmtree(workdir, ignore_errors=True)
     outcome = "failed" if figures["reasons"] else "passed"
     return GoldenResult(tag, record.stage, outcome, ran.evidence, "; ".join(figures["reasons"]), figures)
+
+
+def run_artifact(
+    compiler: Compiler, target: Target, artifact: str, files: Mapping[str, Path], inputs: Path, outputs: Path,
+    workdir: Path,
+) -> Ran:  # fmt: skip
+    """Run a variant's artifact on golden samples, one at a time: any variant takes single ones, or pads them."""
+    (workdir / "run").mkdir()
+    job = RunJob(
+        files=files,
+        artifact=artifact,
+        target=target,
+        inputs=inputs,
+        batch=1,
+        outputs=outputs,
+        workdir=workdir / "run",
+        timeout=TIMEOUT,
+    )
+    return compiler.run(job)
+
+
+def compare_golden(reference: Path, value: Path, precision: str, workdir: Path, what: str) -> dict[str, Any]:
+    """Figures of outputs beside the golden ones; ``reasons`` is empty where they are as near as they must be."""
+    request = {"reference": str(reference), "value": str(value), "precision": precision}
+    return worker.call(
+        "modelforge.forge.worker:compare_golden", request, workdir=workdir / "judge", timeout=TIMEOUT,
+        what=f"comparing the golden samples of {what}",
+    )  # fmt: skip

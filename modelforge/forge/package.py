@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from modelforge import __version__
 from modelforge.bundle.layout import BundleContent, BundleFile, VariantContent
 from modelforge.bundle.record import VariantRecord
 from modelforge.forge.run import Built, RungResult, VariantResult
+from modelforge.graph.facts import TensorFacts
 from modelforge.recipe import Recipe
 from modelforge.store import Blob, Store, canonical_json, digest_file
 
 _MEDIA_TYPES = {".onnx": "application/vnd.onnx", ".npz": "application/x-npz", ".json": "application/json"}
+JOB_FILE = "job.json"
+"""In a deferred variant: all that `modelforge finalize` needs beside the lowered models. docs/bundle-format.md."""
 
 
 def variant_record(result: VariantResult, built: Built) -> VariantRecord:
@@ -29,13 +33,13 @@ def variant_record(result: VariantResult, built: Built) -> VariantRecord:
         "toolchain": dict(plan.toolchain or {}),
         "precision": chosen.plan.precision if chosen else None,
         "ladder": tuple(dict(entry) for entry in result.ladder),
-        "batch": _batch(built),
+        "batch": _batch(built, plan.stage),
     }
     if chosen is None:
         return VariantRecord.model_validate({**data, "notes": tuple(notes)})
     data["accuracy"] = _accuracy(chosen)
     race = chosen.race.facts if chosen.race else {}
-    data["latency"] = {"evidence": "none", **chosen.verify.facts["latency"], **race}
+    data["latency"] = _latency(chosen, race)
     if chosen.slower:
         notes.append(chosen.slower)
     if chosen.describe is not None:
@@ -44,7 +48,7 @@ def variant_record(result: VariantResult, built: Built) -> VariantRecord:
         facts = chosen.compile.facts
         blob = chosen.compile.files[facts["artifact"]]
         data["artifact"] = {"file": facts["artifact"], "digest": blob.digest, "size": blob.size}
-        data["runtime"] = {"requires": facts["requires"]}
+        data["runtime"] = {"requires": facts["requires"]} | ({"needs": facts["needs"]} if facts["needs"] else {})
         data["commands"] = tuple(tuple(command) for command in facts["commands"])
         notes = [*facts["notes"], *notes]
         if chosen.verify.facts["evidence"] == "reference":
@@ -66,9 +70,9 @@ def bundle_content(built: Built, store: Store) -> BundleContent:
     )
 
 
-def _batch(built: Built) -> dict[str, Any] | None:
+def _batch(built: Built, stage: str) -> dict[str, Any] | None:
     """The bounds of the first dimension; None where it is fixed."""
-    firsts = {shape[0] for shape in built.plan.intake.inputs.values() if shape}
+    firsts = {shape[0] for shape in built.plan.stage(stage).inputs.values() if shape}
     symbols = sorted(first for first in firsts if isinstance(first, str))
     if not symbols:
         return None
@@ -76,13 +80,28 @@ def _batch(built: Built) -> dict[str, Any] | None:
     return {"values": dim.values} if dim.values else {"min": dim.min, "opt": dim.opt, "max": dim.max}
 
 
+def _latency(chosen: RungResult, race: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured on a device, and beside it what a model of the device says."""
+    measured = chosen.verify.facts["latency"]
+    evidence = chosen.verify.facts["evidence"] if measured else "none"
+    estimate = chosen.estimate.facts if chosen.estimate else {"by_batch": {}}
+    return {
+        "evidence": evidence,
+        **measured,
+        **race,
+        **({"estimate": dict(estimate)} if estimate["by_batch"] else {}),
+    }
+
+
+_OUTPUT_FIGURES = ("output", "group", "sqnr_db", "identical", "cosine", "agreement")
+
+
 def _accuracy(chosen: RungResult) -> dict[str, Any]:
     facts = dict(chosen.verify.facts["accuracy"])
     facts.pop("reasons")
     facts.pop("suspicion")
     per_output = tuple(
-        {key: value for key, value in row.items() if key in ("output", "sqnr_db", "identical", "cosine", "agreement")}
-        for row in facts.pop("per_output")
+        {key: value for key, value in row.items() if key in _OUTPUT_FIGURES} for row in facts.pop("per_output")
     )
     return {**facts, "evidence": chosen.verify.facts["evidence"], "per_output": per_output}
 
@@ -95,25 +114,56 @@ def _files(result: VariantResult, built: Built, store: Store) -> list[BundleFile
     if chosen.compile is not None:
         artifact = chosen.compile.facts["artifact"]
         for name, blob in chosen.compile.files.items():
-            files.append(_file(name, _role(name, artifact), blob, store))
+            files.append(_file(name, file_role(name, artifact), blob, store))
     for name, blob in chosen.lower.files.items():
         files.append(_file(name, "lowered-model", blob, store))
-    for name, blob in built.baseline.files.items():
+    if result.status == "deferred":
+        files += _job(result, built, store)
+    for name, blob in built.baseline[result.plan.stage].files.items():
         files.append(_file(name, "golden", blob, store))
     for name, blob in (chosen.describe.files if chosen.describe else {}).items():
         files.append(_file(name, "report", blob, store))
     accuracy = {"schema": 1, **chosen.verify.facts["accuracy"], "ladder": [dict(entry) for entry in result.ladder]}
     files.append(_report("accuracy.json", accuracy, store))
-    report = {"schema": 1, "prepare": built.prepare.facts, "lower": chosen.lower.facts}
+    report = {"schema": 1, "prepare": built.prepare[result.plan.stage].facts, "lower": chosen.lower.facts}
     if chosen.compile is not None:
         report["compile"] = chosen.compile.facts["report"]
     files.append(_report("report.json", report, store))
     return files
 
 
-def _role(name: str, artifact: str) -> str:
-    if name == artifact or name.startswith(artifact + "."):
+def _job(result: VariantResult, built: Built, store: Store) -> list[BundleFile]:
+    """What `finalize` needs on the device: job.json, and the lowered models of the rungs below the first."""
+    rungs, files = [], []
+    for rung in (each for each in result.tried if each.passed):
+        prefix = "" if rung is result.chosen else f"{rung.plan.precision}-"
+        rungs.append(
+            {
+                "precision": rung.plan.precision,
+                "files": {name: prefix + name for name in rung.lower.files},
+                "accuracy": _accuracy(rung),
+            }
+        )
+        if prefix:
+            for name, blob in rung.lower.files.items():
+                files.append(_file(prefix + name, "lowered-model", blob, store))
+    plan = result.plan
+    job = {
+        "schema": 1,
+        "compiler": plan.compiler,
+        "target": plan.target.path.read_text(encoding="utf-8"),
+        **plan.job,
+        "rungs": rungs,
+    }
+    return [*files, _report(JOB_FILE, job, store, role="job")]
+
+
+def file_role(name: str, artifact: str) -> str:
+    """What a file of a compiler's answer is for."""
+    if name == artifact:
         return "artifact"
+    if name.startswith(artifact + "."):
+        return "artifact-data"
     if name.startswith("lib"):
         return "runtime-library"
     if name.endswith((".log", ".txt")):
@@ -121,24 +171,23 @@ def _role(name: str, artifact: str) -> str:
     return "report" if name.endswith(".json") else "runner"
 
 
-def _file(name: str, role: str, blob: Blob, store: Store) -> BundleFile:
+def bundle_file(name: str, role: str, path: Path, blob: Blob | None = None) -> BundleFile:
+    """A file for a bundle; ``blob`` is what it is known to be, else it is read."""
     media_type = next((kind for end, kind in _MEDIA_TYPES.items() if name.endswith(end)), "application/octet-stream")
-    return BundleFile(
-        name=name,
-        role=role,
-        media_type=media_type,
-        path=store.blob_path(blob.digest),
-        digest=blob.digest,
-        size=blob.size,
-    )
+    blob = blob or digest_file(path)
+    return BundleFile(name=name, role=role, media_type=media_type, path=path, digest=blob.digest, size=blob.size)
 
 
-def _report(name: str, report: Mapping[str, Any], store: Store) -> BundleFile:
+def _file(name: str, role: str, blob: Blob, store: Store) -> BundleFile:
+    return bundle_file(name, role, store.blob_path(blob.digest), blob)
+
+
+def _report(name: str, report: Mapping[str, Any], store: Store, role: str = "report") -> BundleFile:
     with store.workdir() as folder:
         path = folder / name
         path.write_bytes(canonical_json(report))
         blob = store.add(path)
-    return _file(name, "report", blob, store)
+    return _file(name, role, blob, store)
 
 
 def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
@@ -154,11 +203,71 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
             "opsets": dict(facts.opsets),
         },
         "inputs": [_tensor(tensor.name, tensor.dtype, intake.inputs[tensor.name]) for tensor in facts.inputs],
-        "outputs": [_tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in facts.outputs],
+        "outputs": [_tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in _outputs(built)],
+        "targets": {
+            target.tag: {
+                "title": target.title,
+                "tier": target.tier,
+                "arch": target.arch.model_dump(mode="json", exclude_none=True),
+            }
+            for target in (variant.target for variant in built.plan.variants)
+        },
         "dims": {symbol: dim.facts() for symbol, dim in recipe.dims.items()},
+        **_preprocess(recipe),
+        **_split(built),
         "serving": recipe.serving.model_dump(mode="json"),
         "accuracy": {} if recipe.accuracy is None else recipe.accuracy.model_dump(mode="json", exclude={"data"}),
     }
+
+
+def _split(built: Built) -> dict[str, Any]:
+    """The stages in order, how tensors cross between them, and what the chains of variants gave."""
+    split = built.plan.split
+    if split is None:
+        return {}
+    ran = [chain.record.facts for chain in built.chains if chain.record is not None]
+    crossing = next((dict(facts["transport"]) for facts in ran), {})
+    stages = [
+        {
+            "name": stage.name,
+            "inputs": [_tensor(each.name, each.dtype, each.shape) for each in stage.inputs],
+            "outputs": [_tensor(each.name, each.dtype, each.shape) for each in stage.outputs],
+        }
+        for stage in split.plan.stages
+    ]
+    return {"stages": stages, "split": {**split.facts(), "transport": crossing, "chains": chain_facts(built)}}
+
+
+def _outputs(built: Built) -> tuple[TensorFacts, ...]:
+    """The outputs with the batch by its name, as the recipe's input shapes give it."""
+    from modelforge.graph.inspect import inspect_model
+
+    intake = built.plan.intake
+    return inspect_model(intake.recipe.model, shapes=intake.inputs, cost=False).outputs
+
+
+def chain_facts(built: Built) -> list[dict[str, Any]]:
+    """What each chain of variants gave, judged as the whole model."""
+    found: list[dict[str, Any]] = []
+    for chain in built.chains:
+        members = [built.plan.variants[place] for place in chain.members]
+        row: dict[str, Any] = {"stages": [{"stage": each.stage, "target": each.target.tag} for each in members]}
+        if chain.record is None:
+            row["reason"] = chain.error.what if chain.error else "a variant of it is missing"
+        else:
+            facts = chain.record.facts
+            kept = ("metric", "reference", "value", "drop", "sqnr_db", "identical", "cosine", "agreement", "samples",
+                    "max_drop", "gate")  # fmt: skip
+            row["accuracy"] = {name: facts["accuracy"][name] for name in kept if name in facts["accuracy"]}
+            for stage in row["stages"]:
+                stage["evidence"] = facts["evidence"][stage["stage"]]
+        found.append(row)
+    return found
+
+
+def _preprocess(recipe: Recipe) -> dict[str, Any]:
+    given = {name: each.model_dump(mode="json") for name, each in sorted(recipe.preprocess.items())}
+    return {"preprocess": given} if given else {}
 
 
 def _tensor(name: str, dtype: str, shape: Any) -> dict[str, Any]:

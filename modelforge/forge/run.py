@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from modelforge.errors import BuildError, ModelForgeError
-from modelforge.forge.plan import Plan, RungPlan, VariantPlan
+from modelforge.forge.plan import Plan, VariantPlan
+from modelforge.forge.rungs import RungPlan
 from modelforge.forge.step import Source, Step, execute
 from modelforge.store import StepRecord, Store
 from modelforge.toolchains import process
@@ -35,6 +36,7 @@ class RungResult:
     verify: StepRecord
     describe: StepRecord | None = None
     race: StepRecord | None = None
+    estimate: StepRecord | None = None
 
     @property
     def slower(self) -> str | None:
@@ -80,14 +82,32 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
+class ChainResult:
+    """What a chain of variants gave, one variant of each stage.
+
+    Attributes:
+        members: indices among the variants.
+        record: None where it could not run: a variant of it is missing, or failed as part of the chain.
+    """
+
+    members: tuple[int, ...]
+    record: StepRecord | None
+    error: ModelForgeError | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.record is not None and bool(self.record.facts["accuracy"]["gate"] == "passed")
+
+
+@dataclass(frozen=True)
 class Built:
-    """What a run gives: one result a target, and the records that serve them all."""
+    """What a run gives: one result a variant, and by stage the records that serve all its variants."""
 
     plan: Plan
-    model: StepRecord
-    prepare: StepRecord
-    baseline: StepRecord
+    prepare: Mapping[str, StepRecord]
+    baseline: Mapping[str, StepRecord]
     variants: tuple[VariantResult, ...]
+    chains: tuple[ChainResult, ...] = ()
 
 
 @dataclass
@@ -154,20 +174,37 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, *, jobs: int, executo
     ):
         runner = _Runner(store, steps, reporter)
         try:
-            sources = [runner.obtain(source) for source in plan.intake.sources]
+            for source in plan.intake.sources:
+                runner.obtain(source)
             # The baseline comes first: nothing is compiled for a model that is wrong on the user's own data.
-            prepared = drivers.submit(runner.obtain, plan.prepare)
-            baseline = drivers.submit(runner.obtain, plan.baseline)
-            for future in (prepared, baseline):
+            for future in [drivers.submit(runner.obtain, step) for step in plan.first]:
                 future.result()
+            prepared = {stage.name: runner.obtain(stage.prepare) for stage in plan.stages}
+            baseline = {stage.name: runner.obtain(stage.baseline) for stage in plan.stages}
             results = [drivers.submit(_build_variant, runner, variant) for variant in plan.variants]
             variants = tuple(future.result() for future in results)
+            chains = tuple(_run_chain(runner, plan, variants, members) for members in plan.chains)
         except BaseException:
             process.kill_all()
             steps.shutdown(wait=False, cancel_futures=True)
             drivers.shutdown(wait=False, cancel_futures=True)
             raise
-    return Built(plan, sources[0], prepared.result(), baseline.result(), variants)
+    return Built(plan, prepared, baseline, variants, chains)
+
+
+def _run_chain(
+    runner: _Runner, plan: Plan, variants: tuple[VariantResult, ...], members: tuple[int, ...]
+) -> ChainResult:
+    from modelforge.forge.chain import chain_step
+
+    chosen = [variants[place].chosen for place in members]
+    if any(each is None for each in chosen):
+        return ChainResult(members, None)
+    rungs = [(plan.variants[place], each.plan) for place, each in zip(members, chosen, strict=True) if each is not None]
+    try:
+        return ChainResult(members, runner.obtain(chain_step(plan, rungs)))
+    except ModelForgeError as error:
+        return ChainResult(members, None, error)
 
 
 def _build_variant(runner: _Runner, variant: VariantPlan) -> VariantResult:
@@ -190,9 +227,13 @@ def _build_variant(runner: _Runner, variant: VariantPlan) -> VariantResult:
         if result.passed and result.slower and variant.prefer_speed:
             ladder[-1] = {**ladder[-1], "reason": f"not chosen: {result.slower}"}
             continue
-        if result.passed:
-            status: Literal["compiled", "deferred"] = "compiled" if result.compile else "deferred"
-            return VariantResult(variant, status, _ordered(ladder, variant), result, None, tuple(tried), seconds)
+        if result.passed and variant.outcome == "compiled":
+            return VariantResult(variant, "compiled", _ordered(ladder, variant), result, None, tuple(tried), seconds)
+    if ready := next((result for result in tried if result.passed), None):
+        # Deferred: every rung was judged, as the device may need a lower one. Else the rungs after a slow one failed.
+        status: Literal["compiled", "deferred"] = "compiled" if ready.compile else "deferred"
+        entries = [_ladder_entry(ready) if entry["precision"] == ready.plan.precision else entry for entry in ladder]
+        return VariantResult(variant, status, _ordered(entries, variant), ready, None, tuple(tried), seconds)
     error = error or BuildError(f"no rung of the ladder {list(variant.ladder)} met its gate", where=variant.target.tag)
     return VariantResult(variant, "failed", _ordered(ladder, variant), None, error, tuple(tried), seconds)
 
@@ -204,7 +245,16 @@ def _build_rung(runner: _Runner, rung: RungPlan) -> RungResult:
     if not result.passed:
         return result
     described = runner.obtain(rung.describe) if rung.describe else None
-    return replace(result, describe=described, race=runner.obtain(rung.race) if rung.race else None)
+    raced = runner.obtain(rung.race) if rung.race else None
+    return replace(result, describe=described, race=raced, estimate=_estimate(runner, rung))
+
+
+def _estimate(runner: _Runner, rung: RungPlan) -> StepRecord | None:
+    """An estimate that cannot be made costs nothing else: the artifact is there, and was judged."""
+    try:
+        return runner.obtain(rung.estimate) if rung.estimate else None
+    except ModelForgeError:
+        return None
 
 
 def _ladder_entry(result: RungResult) -> dict[str, Any]:

@@ -5,24 +5,25 @@ Heavy work (graph surgery, vendor compilers, running models) happens in child pr
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modelforge.compilers import get_compiler
 from modelforge.compilers.protocol import CompileJob, RunJob
-from modelforge.errors import BuildError, UnsupportedError
+from modelforge.errors import UnsupportedError
+from modelforge.forge.compiling import compile_model
 from modelforge.forge.step import Context, Result
+from modelforge.options import PreprocessSection
 from modelforge.recipe import Dim
-from modelforge.target import load_target
+from modelforge.target import Target, load_target
 from modelforge.toolchains import worker
 
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 1, "search": 1, "lower": 4, "compile": 1,
-    "verify": 3, "describe": 1, "race": 1,
+    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 1, "search": 2, "lower": 5, "compile": 2,
+    "verify": 5, "describe": 1, "race": 1, "estimate": 1,
 }  # fmt: skip
 """Part of each step's content key: raised whenever a function gives another result for the same inputs."""
 
@@ -42,14 +43,15 @@ def prepare(context: Context) -> Result:
         "inputs": context.params["inputs"],
         "sizes": context.params["sizes"],
     }
-    facts = _call("prepare", request, context, "preparing the model")
-    return Result(facts, _files_in(out))
+    facts = call("prepare", request, context, "preparing the model")
+    return Result(facts, files_in(out))
 
 
 def reference(context: Context) -> Result:
     """Run the user's own FP32 model in ONNX Runtime on the evaluation data. Params: model, batch, timeout."""
     outputs = context.workdir / "outputs.npz"
-    _run_onnx(context.folder("model") / context.params["model"], context, outputs, "the FP32 reference")
+    inputs = _subset(context.files("samples")["samples.npz"], None, context)
+    _run_onnx(context.folder("model") / context.params["model"], inputs, context, outputs, "the FP32 reference")
     return Result({}, {"outputs.npz": outputs})
 
 
@@ -60,12 +62,12 @@ def baseline(context: Context) -> Result:
     request = {
         "samples": str(context.files("samples")["samples.npz"]),
         "reference": str(context.files("reference")["outputs.npz"]),
-        "metric": _metric(context),
+        "metric": metric(context),
         "folder": str(out),
         "golden": GOLDEN_SAMPLES,
     }
-    facts = _call("baseline", request, context, "checking the FP32 baseline")
-    return Result(facts, _files_in(out))
+    facts = call("baseline", request, context, "checking the FP32 baseline")
+    return Result(facts, files_in(out))
 
 
 def calibrate(context: Context) -> Result:
@@ -77,7 +79,7 @@ def calibrate(context: Context) -> Result:
         "data_digest": context.params["data_digest"],
         "out": str(ranges),
     }
-    facts = _call("calibrate", request, context, "calibrating")
+    facts = call("calibrate", request, context, "calibrating")
     return Result(facts, {"ranges.json": ranges})
 
 
@@ -90,7 +92,7 @@ def rank(context: Context) -> Result:
         "samples": str(context.files("calibration")["samples.npz"]),
         **_how(context),
     }
-    return Result(_call("rank", request, context, "ranking the layers"))
+    return Result(call("rank", request, context, "ranking the layers"))
 
 
 def search(context: Context) -> Result:
@@ -104,12 +106,12 @@ def search(context: Context) -> Result:
         "samples": str(context.files("samples")["samples.npz"]),
         "reference": str(context.files("reference")["outputs.npz"]),
         "blocks": context.facts("ranking")["blocks"],
-        "metric": _metric(context),
+        "metric": metric(context),
         "folder": str(context.workdir / "search"),
         "batch": context.params["batch"],
         **_how(context),
     }
-    return Result(_call("search", request, context, "searching the layers to keep"))
+    return Result(call("search", request, context, "searching the layers to keep"))
 
 
 def lower(context: Context) -> Result:
@@ -129,58 +131,41 @@ def lower(context: Context) -> Result:
             "samples": str(context.files("calibration")["samples.npz"]) if "calibration" in context.needs else None,
             **_how(context),
         }
-    facts = _call("lower", request, context, f"lowering to {context.params['precision']}")
-    return Result(facts, _files_in(out))
+    facts = call("lower", request, context, f"lowering to {context.params['precision']}")
+    return Result(facts, files_in(out))
 
 
 def compile(context: Context) -> Result:
-    """Lowered model -> artifact. Params: compiler, target (profile text), precision, inputs, dims, timeout."""
+    """Lowered model -> artifact.
+
+    Params: compiler, target (profile text), precision, inputs, dims, options, preprocess, timeout.
+    """
     params = context.params
     compiler = get_compiler(params["compiler"])
     workdir = context.workdir / "compile"
     workdir.mkdir()
     job = CompileJob(
         model=context.folder("lowered") / "model.onnx",
-        target=_target(context),
+        target=target_of(context.params, context.workdir),
         precision=params["precision"],
         inputs={name: tuple(shape) for name, shape in params["inputs"].items()},
         dims={symbol: Dim.model_validate(dim) for symbol, dim in params["dims"].items()},
         workdir=workdir,
         timeout=params["timeout"],
+        options=params.get("options", {}),
+        preprocess={
+            name: PreprocessSection.model_validate(each) for name, each in params.get("preprocess", {}).items()
+        },
     )
-    compiled = compiler.compile(job)
-    for name, path in compiled.files.items():
-        if not path.is_file() or path.stat().st_size == 0:
-            raise BuildError(f"{compiler.title} said it was done, and {name} is not there or empty")
-    facts = {
-        "artifact": compiled.artifact,
-        "commands": [list(command) for command in compiled.commands],
-        "requires": compiled.requires,
-        "notes": list(compiled.notes),
-        "report": dict(compiled.report),
-    }
-    return Result(facts, {**compiled.files, **_log(workdir, context)})
-
-
-def _log(workdir: Path, context: Context) -> dict[str, Path]:
-    """The compiler's log, with the places of this machine taken out; nothing where it said nothing."""
-    log = workdir / "worker.log"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    places = {str(context.workdir): "WORK", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", str(Path.home()): "HOME"}
-    for place in sorted(places, key=len, reverse=True):
-        text = text.replace(place, places[place])
-    if not text.strip():
-        return {}
-    path = context.workdir / "compile.log"
-    path.write_text(text, encoding="utf-8")
-    return {"compile.log": path}
+    facts, files = compile_model(compiler, job, {str(context.workdir): "WORK"})
+    return Result(facts, files)
 
 
 def verify(context: Context) -> Result:
     """Run the artifact with the best evidence this machine gives, and judge it.
 
-    Params: compiler, target, precision, evidence, batch, samples, metric, timeout. Evidence ``reference`` means that
-    the artifact cannot run here: the lowered model, exactly what the compiler got, runs in ONNX Runtime instead.
+    Params: compiler, target, precision, evidence, batch, samples, metric, timed, timeout. Evidence ``reference`` means
+    that the artifact cannot run here: the lowered model, exactly what the compiler got, runs in ONNX Runtime instead.
     """
     params = context.params
     outputs = context.workdir / "outputs.npz"
@@ -188,13 +173,8 @@ def verify(context: Context) -> Result:
     samples = context.files("samples")["samples.npz"]
     if params["evidence"] == "reference":
         model = context.folder("lowered") / "model.onnx"
-        folder = context.workdir / "emulated"
-        places = {"model": str(model), "folder": str(folder)}
-        emulated = _call("emulate", places, context, "making FP16 rounding explicit")["model"]
-        what = f"the {params['precision']} model in ONNX Runtime"
-        _run_onnx(Path(emulated or model), context, outputs, what, params["samples"])
-        if emulated:
-            ran["notes"] = [EMULATED_HALF]
+        inputs = _subset(samples, params["samples"], context)
+        ran["notes"] = run_lowered(model, inputs, outputs, context.workdir, context)
     else:
         workdir = context.workdir / "run"
         workdir.mkdir()
@@ -202,12 +182,13 @@ def verify(context: Context) -> Result:
         job = RunJob(
             files={name: context.folder("compiled") / name for name in context.files("compiled")},
             artifact=compiled["artifact"],
-            target=_target(context),
+            target=target_of(context.params, context.workdir),
             inputs=_subset(samples, params["samples"], context),
             batch=params["batch"],
             outputs=outputs,
             workdir=workdir,
             timeout=params["timeout"],
+            timed=tuple(params.get("timed", ())),
         )
         result = get_compiler(params["compiler"]).run(job)
         ran = {"evidence": result.evidence, "notes": list(result.notes), "latency": dict(result.latency)}
@@ -215,11 +196,12 @@ def verify(context: Context) -> Result:
         "samples": str(samples),
         "reference": str(context.files("reference")["outputs.npz"]),
         "value": str(outputs),
-        "metric": _metric(context),
+        "metric": metric(context),
         "precision": params["precision"],
         "count": params["samples"],
+        "models": [str(context.files("lowered")["model.onnx"])],
     }
-    verdict = _call("judge", request, context, "judging the outputs")
+    verdict = call("judge", request, context, "judging the outputs")
     return Result({**ran, "accuracy": verdict})
 
 
@@ -245,7 +227,7 @@ def _excluded(context: Context) -> list[str]:
     return list(found["exclude"])
 
 
-def _call(function: str, request: Mapping[str, Any], context: Context, what: str) -> dict[str, Any]:
+def call(function: str, request: Mapping[str, Any], context: Context, what: str) -> dict[str, Any]:
     """Run a function of :mod:`modelforge.forge.worker` in a child process."""
     return worker.call(
         f"modelforge.forge.worker:{function}",
@@ -256,7 +238,7 @@ def _call(function: str, request: Mapping[str, Any], context: Context, what: str
     )
 
 
-def _metric(context: Context) -> dict[str, Any]:
+def metric(context: Context) -> dict[str, Any]:
     """The metric's facts, with the folder of the user's own metric module where there is one."""
     has_module = "metric" in context.needs
     return {**context.params["metric"], "folder": str(context.folder("metric") if has_module else context.workdir)}
@@ -275,7 +257,7 @@ def race(context: Context) -> Result:
         RunJob(
             files={name: context.folder(need) / name for name in context.files(need)},
             artifact=context.facts(need)["artifact"],
-            target=_target(context),
+            target=target_of(context.params, context.workdir),
             inputs=inputs,
             batch=params["batch"],
             outputs=context.workdir / "outputs.npz",
@@ -292,6 +274,18 @@ def race(context: Context) -> Result:
     return Result({**facts, "rival": {"precision": params["rival"], "p50_ms": rival}, "ratio": round(ours / rival, 3)})
 
 
+def estimate(context: Context) -> Result:
+    """What a roofline of the target's profile says of the latency. Params: compiler, tag, target, precision, batches,
+    inputs, timeout. Facts: by_batch (milliseconds), empty where the profile knows no rate; method."""
+    target_of(context.params, context.workdir)
+    request = {
+        "model": str(context.folder("prepared") / "model.onnx"),
+        "target": str(context.workdir / f"{context.params['tag']}.toml"),
+        **{name: context.params[name] for name in ("compiler", "precision", "batches", "inputs")},
+    }
+    return Result(call("estimate", request, context, "estimating the latency"))
+
+
 def describe(context: Context) -> Result:
     """What the reports say of a quantization: calibration.json, sensitivity.json. Params: dialect, metric, timeout."""
     out = context.workdir / "described"
@@ -305,22 +299,30 @@ def describe(context: Context) -> Result:
         "metric": context.params["metric"],
         "folder": str(out),
     }
-    return Result(_call("describe", request, context, "describing the quantization"), _files_in(out))
+    return Result(call("describe", request, context, "describing the quantization"), files_in(out))
 
 
-def _target(context: Context) -> Any:
-    """The profile travels with the task: another machine may have other target folders."""
-    path = context.workdir / f"{context.params['tag']}.toml"
+def target_of(profile: Mapping[str, Any], folder: Path) -> Target:
+    """The profile (tag and TOML text) travels with the task: another machine may have other target folders."""
+    path = folder / f"{profile['tag']}.toml"
     if not path.exists():
-        path.write_text(context.params["target"], encoding="utf-8")
+        path.write_text(profile["target"], encoding="utf-8")
     return load_target(path)
 
 
-def _run_onnx(model: Path, context: Context, outputs: Path, what: str, count: int | None = None) -> None:
-    samples = context.files("samples")["samples.npz"]
+def run_lowered(model: Path, inputs: Path, outputs: Path, folder: Path, context: Context) -> list[str]:
+    """Run a lowered model in ONNX Runtime, as its hardware would round; gives notes on what was emulated."""
+    places = {"model": str(model), "folder": str(folder / "emulated")}
+    answer = call("emulate", places, context, "making FP16 rounding explicit")
+    emulated = answer["model"]
+    _run_onnx(Path(emulated or model), inputs, context, outputs, "the lowered model in ONNX Runtime")
+    return [answer.get("note", EMULATED_HALF)] if emulated else []
+
+
+def _run_onnx(model: Path, inputs: Path, context: Context, outputs: Path, what: str) -> None:
     request = {
         "model": str(model),
-        "inputs": str(_subset(samples, count, context)),
+        "inputs": str(inputs),
         "outputs": str(outputs),
         "batch": context.params["batch"],
         "threads": 1,
@@ -337,9 +339,9 @@ def _run_onnx(model: Path, context: Context, outputs: Path, what: str, count: in
 def _subset(samples: Path, count: int | None, context: Context) -> Path:
     """The inputs alone (no labels), the first ``count`` samples of them."""
     out = context.workdir / "inputs.npz"
-    _call("subset", {"samples": str(samples), "count": count, "out": str(out)}, context, "reading the samples")
+    call("subset", {"samples": str(samples), "count": count, "out": str(out)}, context, "reading the samples")
     return out
 
 
-def _files_in(folder: Path) -> Mapping[str, Path]:
+def files_in(folder: Path) -> Mapping[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def search(request: Request) -> dict[str, Any]:
     folder.mkdir(parents=True)
     data, outputs = folder / "inputs.npz", folder / "outputs.npz"
     _write(data, inputs)
+    groups = _groups([request["model"]], reference)
 
     def evaluate(exclude: tuple[str, ...]) -> tuple[bool, dict[str, Any]]:
         from modelforge.verify.gate import judge as judge_outputs
@@ -102,7 +103,7 @@ def search(request: Request) -> dict[str, Any]:
             "threads": 1,
         }
         run_model({**run, "batch": request["batch"]})
-        verdict = judge_outputs(rules, metric, "mixed", reference, _load(str(outputs)), labels)
+        verdict = judge_outputs(rules, metric, "mixed", reference, _load(str(outputs)), labels, groups)
         facts = verdict.facts()
         return verdict.passed, {name: facts[name] for name in ("value", "drop", "sqnr_db", "agreement")}
 
@@ -125,7 +126,7 @@ def _quantize(
 
     dialect = get_dialect(request["dialect"])
     half = dialect.remainder == "fp16"
-    out = folder / "fp32-rest" if half else folder
+    out = folder / "fp32-rest" if half or dialect.native else folder
     table = _ranges(request["ranges"])
     how: dict[str, Any] = {"dialect": dialect.name, "exclude": exclude, "reduce_range": request["reduce_range"]}
     facts: dict[str, Any] = {}
@@ -151,6 +152,13 @@ def _quantize(
         facts["merged_casts"] = merge_casts(halved / "model.onnx", folder)
         for rest in (out, halved):
             shutil.rmtree(rest)
+    if dialect.native is not None:
+        import shutil
+
+        from modelforge.quantize.half import overflowing
+
+        facts |= dialect.native(out / "model.onnx", folder, overflowing(model, _ranges(request["ranges"])))
+        shutil.rmtree(out)
     return facts
 
 
@@ -184,10 +192,17 @@ def _to_half(model: Path, folder: Path, prepared: Path, ranges: str) -> dict[str
 
 
 def emulate(request: Request) -> dict[str, Any]:
-    """An FP16 model for ONNX Runtime with its rounding made explicit; ``model`` is None where nothing is FP16."""
-    from modelforge.graph.fp16_emulation import emulate_fp16
+    """An FP16 model, or one with Ascend's own INT8 nodes, for ONNX Runtime with its rounding made explicit.
 
-    found = emulate_fp16(Path(request["model"]), Path(request["folder"]))
+    ``model`` is None where it runs as it is; ``note`` says what was emulated if that is not FP16 alone.
+    """
+    from modelforge.graph.fp16_emulation import emulate_fp16
+    from modelforge.quantize.ascend_emulation import NOTE, emulate_ascend, has_ascend_nodes
+
+    model, folder = Path(request["model"]), Path(request["folder"])
+    if has_ascend_nodes(model):
+        return {"model": str(emulate_ascend(model, folder)), "note": NOTE}
+    found = emulate_fp16(model, folder)
     return {"model": None if found is None else str(found)}
 
 
@@ -195,6 +210,73 @@ def _ranges(path: str) -> Any:
     from modelforge.quantize.ranges import RangeTable
 
     return RangeTable.from_json(Path(path).read_text(encoding="utf-8"), where="ranges.json")
+
+
+def split(request: Request) -> dict[str, Any]:
+    """The stages of a planned split; their manifest."""
+    from modelforge.forge.splitting import write_stages
+
+    manifest: dict[str, Any] = write_stages(request)["manifest"]
+    return manifest
+
+
+def feed(request: Request) -> dict[str, Any]:
+    """Arrays out of several archives into one: the samples as a stage takes them.
+
+    ``tensors``: name -> archive; ``transport``: how some cross from stage to stage; ``count``: the first so many
+    samples; ``labels``: whether the labels of ``input`` go along.
+    """
+    import numpy as np
+
+    from modelforge.forge.crossing import cross
+    from modelforge.samples import LABEL
+
+    wanted = dict(request["tensors"]) | ({LABEL: "input"} if request["labels"] else {})
+    arrays = {}
+    for archive in sorted(set(wanted.values())):
+        with np.load(request["archives"][archive], allow_pickle=False) as found:
+            for name in (each for each, source in wanted.items() if source == archive):
+                if name == LABEL and name not in found.files:
+                    continue
+                array = found[name][: request.get("count")]
+                way = request.get("transport", {}).get(name)
+                arrays[name] = array if way is None else cross(array, way)
+    _write(Path(request["out"]), arrays)
+    return {}
+
+
+def transport(request: Request) -> dict[str, Any]:
+    """How each float tensor crosses from stage to stage: its type, and for INT8 its scale from the range table."""
+    from modelforge.forge.crossing import transport_of
+
+    tables = {stage: _ranges(path) for stage, path in request["ranges"].items()}
+    found = {}
+    for name, stage in sorted(request["tensors"].items()):
+        table = tables.get(stage)
+        found[name] = transport_of(request["kind"], None if table is None else table.tensors[name])
+    return {"tensors": found}
+
+
+def estimate(request: Request) -> dict[str, Any]:
+    """Milliseconds by batch size, by a roofline over the layers; see :mod:`modelforge.graph.roofline`."""
+    from modelforge.forge.efficiency import machine_for
+    from modelforge.forge.placement import Load
+    from modelforge.graph.split_graph import read_layers
+    from modelforge.target import load_target
+
+    shapes = {name: tuple(shape) for name, shape in request["inputs"].items()}
+    symbols = {size for shape in shapes.values() for size in shape[:1] if isinstance(size, str)}
+    machine = machine_for(load_target(Path(request["target"])), request["precision"], request["compiler"])
+    method = "roofline of the target's profile over the layers, not corrected by any measurement"
+    if machine is None:
+        return {"by_batch": {}, "method": method}
+    load = Load(read_layers(Path(request["model"]), dict.fromkeys(symbols, 1), shapes))
+    open_batch = bool(symbols)
+    times = {
+        str(size): load.seconds(request["precision"], machine, size if open_batch else 1) * 1e3
+        for size in request["batches"]
+    }
+    return {"by_batch": {size: float(f"{taken:.4g}") for size, taken in times.items()}, "method": method}
 
 
 def subset(request: Request) -> dict[str, Any]:
@@ -231,10 +313,26 @@ def judge(request: Request) -> dict[str, Any]:
     reference = {name: array[:count] for name, array in _load(request["reference"]).items()}
     _, labels = _samples(request["samples"])
     value = _load(request["value"])
-    verdict = judge_outputs(
-        rules, metric, request["precision"], reference, value, None if labels is None else labels[:count]
-    )
+    labels = None if labels is None else labels[:count]
+    groups = _groups(request["models"], reference)
+    verdict = judge_outputs(rules, metric, request["precision"], reference, value, labels, groups)
     return {"metric": rules.metric, "max_drop": rules.max_drop, **verdict.facts()}
+
+
+def _groups(models: Iterable[str], reference: Mapping[str, Any]) -> list[Any]:
+    """The channel groups of the outputs that these models give, where the arrays are what their graphs say."""
+    from modelforge.graph.output_groups import find_output_groups
+    from modelforge.verify.metrics import ChannelGroup
+
+    found: dict[str, list[Any]] = {}
+    for group in (group for model in models for group in find_output_groups(Path(model))):
+        shape = reference[group.output].shape if group.output in reference else ()
+        axis = group.axis + len(shape) - group.rank  # the axis of samples stands before where the model has no batch
+        if len(shape) - group.rank in (0, 1) and axis > 0 and group.stop <= shape[axis]:
+            told = ChannelGroup(group.output, group.name, axis, group.start, group.stop, group.alike)
+            found.setdefault(group.output, []).append(told)
+    whole = {name: groups[-1].stop == reference[name].shape[groups[-1].axis] for name, groups in found.items()}
+    return [group for name, groups in found.items() if whole[name] for group in groups]
 
 
 def _metric(facts: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -129,7 +129,7 @@ def compare(model: Path, samples: list[Sample], relative: float = RELATIVE) -> D
             for name, reference in sample.outputs.items():
                 if name not in outputs:
                     return Difference(float("inf"), f"output {name!r} is gone")
-                difference = _distance(reference, outputs[name], relative)
+                difference = distance(reference, outputs[name], relative)
                 largest = max(largest, difference.max_abs)
                 if difference.reason:
                     return Difference(largest, f"output {name!r} {difference.reason}")
@@ -218,7 +218,8 @@ def _sizes_of(value: Any, shapes: Mapping[str, tuple[int | str, ...]], sizes: Ma
     )
 
 
-def _distance(reference: Any, value: Any, relative: float) -> Difference:
+def distance(reference: Any, value: Any, relative: float) -> Difference:
+    """How far an output is from the reference: same type and shape, finite in the same places, within bounds."""
     if isinstance(reference, list):
         return _sequence_distance(reference, value, relative)
     if not isinstance(reference, np.ndarray):  # an optional that is empty, or a map of labels
@@ -246,7 +247,7 @@ def _distance(reference: Any, value: Any, relative: float) -> Difference:
 def _sequence_distance(reference: list[Any], value: Any, relative: float) -> Difference:
     if not isinstance(value, list) or len(value) != len(reference):
         return Difference(float("inf"), "is a sequence of another length")
-    parts = [_distance(exact, measured, relative) for exact, measured in zip(reference, value, strict=True)]
+    parts = [distance(exact, measured, relative) for exact, measured in zip(reference, value, strict=True)]
     largest = max((part.max_abs for part in parts), default=0.0)
     return Difference(largest, next((part.reason for part in parts if part.reason), ""))
 

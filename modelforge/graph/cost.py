@@ -34,6 +34,14 @@ def flops(graph: onnx.GraphProto, shapes: Shapes, skip: set[str]) -> int | None:
         return None
 
 
+def node_flops(node: onnx.NodeProto, shapes: Shapes) -> int | None:
+    """Floating point operations of one run of one node and its bodies, None where a shape is unknown."""
+    try:
+        return _node_flops(node, shapes, set())
+    except UnknownShape:
+        return None
+
+
 def peak_activation_bytes(
     graph: onnx.GraphProto, shapes: Shapes, item_bytes: Mapping[str, int], skip: set[str]
 ) -> int | None:
@@ -44,7 +52,7 @@ def peak_activation_bytes(
     """
     last_use: dict[str, int] = {}
     for step, node in enumerate(graph.node):
-        for name in _reads(node):
+        for name in reads(node):
             last_use[name] = step
     for value in graph.output:
         last_use[value.name] = len(graph.node)
@@ -61,7 +69,7 @@ def peak_activation_bytes(
                     live[name] = _bytes(name, shapes, item_bytes)
                     total += live[name]
             peak = max(peak, total)
-            for name in {*_reads(node), *node.output}:
+            for name in {*reads(node), *node.output}:
                 if last_use.get(name, -1) <= step:
                     total -= live.pop(name, 0)
     except UnknownShape:
@@ -69,12 +77,12 @@ def peak_activation_bytes(
     return peak
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Names that a node reads, those that its bodies capture from outside included."""
+def reads(node: onnx.NodeProto) -> set[str]:
+    """Names that a node reads, those that its bodies capture from outside included (and those of the bodies' own)."""
     names = {name for name in node.input if name}
     for body in subgraphs(node):
         for inner in body.node:
-            names |= _reads(inner)
+            names |= reads(inner)
         names |= {value.name for value in body.output}
     return names
 

@@ -55,14 +55,24 @@ def inspect_model(
     Raises:
         ModelError: the file is not a model, or ``shapes`` does not fit it.
     """
-    path = Path(path)
-    model = parse(path)
+    return inspect_proto(parse(Path(path)), bound, shapes, where=str(path), cost=cost)
+
+
+def inspect_proto(
+    model: onnx.ModelProto,
+    bound: Mapping[str, int] | None = None,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
+    *,
+    where: str,
+    cost: bool = True,
+) -> ModelFacts:
+    """As :func:`inspect_model`, of a model in memory, which is changed. ``where`` names it in errors."""
     parameters = [(prod(tensor.dims), _tensor_bytes(tensor)) for tensor in _parameters(model)]
     nodes = sum(len(graph.node) for graph in graphs(model.graph))
     _strip_weights(model)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    _set_shapes(model.graph, shapes or {}, str(path))
+    _set_shapes(model.graph, shapes or {}, where)
     inputs = tuple(_facts(value) for value in _inputs(model.graph))
     declared = tuple(_facts(value) for value in model.graph.output)
     _forget_shapes(model.graph)
@@ -92,7 +102,7 @@ def inspect_model(
 
 
 @dataclass(frozen=True)
-class _Settled:
+class Settled:
     """A graph after shape inference: shape and bytes per element by tensor name, and what need not run."""
 
     graph: onnx.GraphProto
@@ -101,7 +111,22 @@ class _Settled:
     foldable: frozenset[str]
 
 
-def _settle(model: onnx.ModelProto) -> _Settled:
+def settle(
+    model: onnx.ModelProto, shapes: Mapping[str, Sequence[int | str]], bound: Mapping[str, int], where: str
+) -> tuple[Settled, Settled, dict[str, int]]:
+    """The shapes of all tensors: in symbols, and at ``bound`` sizes; and the sizes, as :func:`inspect_model` has them.
+
+    Drops the data of large weights from ``model``, which it changes. Outputs keep their declared shapes nowhere.
+    """
+    _strip_weights(model)
+    _set_shapes(model.graph, shapes, where)
+    sizes = _sizes(tuple(_facts(value) for value in _inputs(model.graph)), bound)
+    _forget_shapes(model.graph)
+    symbolic = _settle(model)
+    return symbolic, _settle(_bind(model, sizes)) if sizes else symbolic, sizes
+
+
+def _settle(model: onnx.ModelProto) -> Settled:
     """Infer shapes, work out the arithmetic on them, and again until nothing more follows."""
     known: dict[str, NDArray[Any]] = {}
     inferred = _infer(model)
@@ -116,7 +141,7 @@ def _settle(model: onnx.ModelProto) -> _Settled:
         inferred = _infer(_with_constants(model, known))
     item_bytes = {name: _item_bytes(value.type.tensor_type.elem_type) for name, value in _typed_values(inferred.graph)}
     foldable = frozenset(_foldable(model.graph, static, set(known)))
-    return _Settled(inferred.graph, static, item_bytes, foldable)
+    return Settled(inferred.graph, static, item_bytes, foldable)
 
 
 def _infer(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -196,7 +221,7 @@ def _count_ops(graph: onnx.GraphProto, foldable: frozenset[str]) -> tuple[OpFact
     )
 
 
-def _figures(settled: _Settled) -> tuple[int | None, int | None]:
+def _figures(settled: Settled) -> tuple[int | None, int | None]:
     skip = set(settled.foldable)
     return (
         flops(settled.graph, settled.shapes, skip),

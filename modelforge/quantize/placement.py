@@ -34,6 +34,7 @@ class Placement:
         left: why an eligible node stays in float, by its name.
         reads: the inputs that read quantized values, by the value and the value whose range gives the scale.
         constants: constant inputs of ``others``.
+        outputs: the model's outputs that are quantized, with the value whose range gives the scale.
         floors: below which it does not matter how far below a value is, as all that reads it gives zero there.
         mixed: ratio of the largest values at a Concat's inputs, by its name, where they hold different meanings.
     """
@@ -43,6 +44,7 @@ class Placement:
     left: dict[str, str] = field(default_factory=dict)
     reads: dict[tuple[onnx_ir.Value, onnx_ir.Value], set[Edge]] = field(default_factory=dict)
     constants: set[Edge] = field(default_factory=set)
+    outputs: dict[onnx_ir.Value, onnx_ir.Value] = field(default_factory=dict)
     floors: dict[onnx_ir.Value, float] = field(default_factory=dict)
     mixed: dict[str, float] = field(default_factory=dict)
 
@@ -99,6 +101,8 @@ class _Placer:
         if self.dialect.shared_concat:
             self._shared_concats()
         self._carriers()
+        if self.dialect.graph_outputs:
+            self._graph_outputs()
         for node in onnx_ir.traversal.RecursiveGraphIterator(self.graph):
             if node.graph is not self.graph and is_weighted(node):
                 placement.left[str(node.name)] = f"{node.op_type}: inside a body of If, Loop or Scan"
@@ -284,6 +288,21 @@ class _Placer:
                 if _is_float(output) and output.uses():
                     self._quantize_for_all(output, like)
             self.placement.others.append(node)
+
+    def _graph_outputs(self) -> None:
+        """An output has the scale that its other readers have; behind a carrier, the scale of what is carried."""
+        carried = {edge: like for (_, like), edges in self.placement.reads.items() for edge in edges}
+        quantized = self.placement.quantized
+        for value in self.graph.outputs:
+            node = value.producer()
+            if node is None or not self._known(value):
+                continue
+            # A fused Relu or Clip is quantized with the node before it.
+            if node not in quantized and (node.inputs[0] is None or node.inputs[0].producer() not in quantized):
+                continue
+            read = [like for (old, like), edges in self.placement.reads.items() if old is value and edges]
+            own = carried.get((node, 0), value) if node.op_type in self.dialect.carriers else value
+            self.placement.outputs[value] = read[0] if read else own
 
     def _reads(self) -> Iterable[tuple[tuple[onnx_ir.Value, onnx_ir.Value], set[Edge]]]:
         return list(self.placement.reads.items())

@@ -189,6 +189,7 @@ class _Emitter:
     _initializers: dict[tuple[Any, ...], onnx_ir.Value] = field(default_factory=dict)
     _parameters: dict[onnx_ir.Value, Parameters] = field(default_factory=dict)
     _floors: dict[onnx_ir.Value, float] = field(default_factory=dict)
+    _quantizes: dict[tuple[onnx_ir.Value, onnx_ir.Value], onnx_ir.Node] = field(default_factory=dict)
 
     def emit(self, placement: Placement) -> None:
         order = {node: place for place, node in enumerate(self.graph)}
@@ -200,6 +201,10 @@ class _Emitter:
         for (value, like), edges in placement.reads.items():
             if edges:
                 self._pair(value, like, sorted(edges, key=lambda edge: (order[edge[0]], edge[1])))
+        for like in placement.outputs.values():
+            self._of(like)  # by its name, which changes below
+        for value, like in placement.outputs.items():
+            self._output(value, like)
 
     def _input_parameters(self, node: onnx_ir.Node, placement: Placement) -> Parameters:
         like = next(like for (_, like), edges in placement.reads.items() if (node, 0) in edges)
@@ -215,22 +220,38 @@ class _Emitter:
 
     def _pair(self, value: onnx_ir.Value, like: onnx_ir.Value, edges: list[tuple[onnx_ir.Node, int]]) -> None:
         """``value -> Q -> DQ ->`` the inputs given."""
-        parameters = self._of(like)
-        name = str(value.name) if like is value else f"{value.name} (as {like.name})"
-        self.tensors[name] = parameters
         base = str(value.name) if like is value else f"{value.name}/as/{like.name}"
+        output = self._dequantize(self._quantize(value, like, base), f"{base}/dequantized", f"{base}/DequantizeLinear")
+        for node, index in edges:
+            node.replace_input_with(index, output)
+
+    def _output(self, value: onnx_ir.Value, like: onnx_ir.Value) -> None:
+        """``value -> Q -> DQ ->`` the model's output of that name; its other readers share the Q."""
+        name = str(value.name)
+        quantize = self._quantizes.get((value, like)) or self._quantize(value, like, name)
+        value.name = f"{name}/float"
+        output = self._dequantize(quantize, name, f"{name}/output/DequantizeLinear")
+        self.graph.outputs[list(self.graph.outputs).index(value)] = output
+
+    def _quantize(self, value: onnx_ir.Value, like: onnx_ir.Value, base: str) -> onnx_ir.Node:
+        parameters = self._of(like)
+        self.tensors[str(value.name) if like is value else f"{value.name} (as {like.name})"] = parameters
         zero = np.array(parameters.zero_point, np.int8 if self.rules.signed else np.uint8)
         scale = self._initializer(np.array(parameters.scale, np.float32), f"{base}/scale")
         zero_point = self._initializer(zero, f"{base}/zero_point")
-        quantize = onnx_ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{base}/QuantizeLinear")
-        quantized = _name(quantize, f"{base}/quantized", zero_point.dtype, value)
-        dequantize = onnx_ir.node("DequantizeLinear", [quantized, scale, zero_point], name=f"{base}/DequantizeLinear")
-        output = _name(dequantize, f"{base}/dequantized", onnx_ir.DataType.FLOAT, value)
-        self.graph.extend([quantize, dequantize])
+        node = onnx_ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{base}/QuantizeLinear")
+        _name(node, f"{base}/quantized", zero_point.dtype, value)
+        self.graph.append(node)
         self.quantize_nodes += 1
+        self._quantizes[value, like] = node
+        return node
+
+    def _dequantize(self, quantize: onnx_ir.Node, output: str, name: str) -> onnx_ir.Value:
+        node = onnx_ir.node("DequantizeLinear", [quantize.outputs[0], *quantize.inputs[1:]], name=name)
+        value = quantize.inputs[0]
+        self.graph.append(node)
         self.dequantize_nodes += 1
-        for node, index in edges:
-            node.replace_input_with(index, output)
+        return _name(node, output, onnx_ir.DataType.FLOAT, value)
 
     def _weight(self, node: onnx_ir.Node, parameters: Parameters) -> None:
         value = node.inputs[1]
@@ -302,7 +323,8 @@ class _Emitter:
         same = sum(1 for known in self._initializers if known[0] == base)
         base = base if not same else f"{base}/{same}"
         inputs = [self._initializer(values, f"{base}/quantized"), self._initializer(scale, f"{base}/scale")]
-        if values.dtype != np.int32:  # a zero point of int32 has to be absent or zero
+        # A zero point of int32 has to be absent or zero.
+        if values.dtype != np.int32 or self.rules.bias_zero_point:
             zeros = np.zeros(scale.shape, values.dtype) if zero_point is None else zero_point
             inputs.append(self._initializer(zeros, f"{base}/zero_point"))
         attributes = {} if axis is None or scale.ndim == 0 else {"axis": axis}

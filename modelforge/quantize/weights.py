@@ -106,13 +106,15 @@ def least_weight_scale(bias: Array, input_scale: float) -> Array:
 
 
 def quantize_bias(bias: Array, input_scale: float, weight_scale: Array) -> tuple[Array, Array]:
-    """The bias as int32 ``[channels]`` and its float32 scale ``[channels]``, the product of both scales.
+    """The bias as int32 ``[channels]`` and its float32 scale, the product of both scales, shaped as the weight's.
+
+    One scale for all channels stays one number: Qualcomm's HTP misreads a list beside it, and saturates (QAIRT 2.51).
 
     Raises:
         ValueError: it does not fit; see :func:`least_weight_scale`.
     """
     product = np.float32(input_scale) * np.asarray(weight_scale, np.float32)
-    scale = np.broadcast_to(product, bias.shape).astype(np.float32)
+    scale = np.asarray(product, np.float32)
     if (scale < SMALLEST_SCALE).any():
         raise ValueError("the product of the scales is no normal float32")
     values = np.rint(bias.astype(np.float64) / scale)

@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from modelforge.bundle import checked, parts
-from modelforge.bundle import format as words
 from modelforge.bundle.read import Bundle, FileEntry, Variant
 from modelforge.bundle.record import VariantRecord
 from modelforge.errors import InputError
@@ -182,8 +182,8 @@ def _read(bundle: Bundle, variant: Variant, title: str, kind: type[Document]) ->
     entry = variant.files.get(title)
     if entry is None or entry.role != _ROLE:
         return None
-    where = bundle.path / words.blob_name(entry.digest)
-    data = _read_checked(bundle, entry)
+    where = bundle.file(variant, title)
+    data = _read_checked(where, entry)
     named = f"{title} of {variant.record.target}/{variant.record.stage}"
     try:
         value = json.loads(data, parse_constant=_refuse)
@@ -201,12 +201,11 @@ def _read(bundle: Bundle, variant: Variant, title: str, kind: type[Document]) ->
         raise checked.damaged(f"{named}: {key + ': ' if key else ''}{first['msg']}", where) from None
 
 
-def _read_checked(bundle: Bundle, entry: FileEntry) -> bytes:
+def _read_checked(where: Path, entry: FileEntry) -> bytes:
     """A report file's bytes, after bound, size and digest were checked."""
-    where = bundle.path / words.blob_name(entry.digest)
     if entry.size > FILE_LIMIT:
         raise checked.damaged(f"a report file of {entry.size} bytes; at most {FILE_LIMIT} are read", where)
-    checked.check_there(bundle.path, entry.digest, entry.size)
+    checked.check_there(where, entry.size)
     try:
         with parts.open_regular(where, follow=False) as stream:
             data = stream.read(entry.size + 1)

@@ -108,6 +108,42 @@ def run(
     return Finished(tuple(argv), process.returncode, timed_out, time.monotonic() - begun, log)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a small program said on its standard output."""
+
+    returncode: int
+    output: bytes
+
+
+def ask(argv: Sequence[str], said: bytes, *, timeout: float, env: Mapping[str, str]) -> Told:
+    """Give a small program something on its standard input, and take what it answers. Nothing touches the disk:
+    this is for credential helpers. Standard error goes to ours. A time-out counts as a failure.
+
+    Raises:
+        OSError: the program could not be started.
+    """
+    process = subprocess.Popen(
+        list(argv),
+        env=dict(env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - one call into a loaded library, no lock taken
+    )
+    with _running_lock:
+        _running.add(process)
+    try:
+        output, _ = process.communicate(said, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        output = b"it did not answer in time"
+    finally:
+        _kill_group(process)
+        with _running_lock:
+            _running.discard(process)
+    return Told(process.returncode, output)
+
+
 def _die_with_parent() -> None:
     """In the child, before exec: be killed when the one who started it dies, `kill -9` included (Linux, prctl(2)).
 

@@ -113,7 +113,7 @@ def _download(requirements: Sequence[str], platforms: Sequence[str], python: str
         cwd=workdir,
         log=log,
         timeout=_PIP_SECONDS,
-        env=_pip_environment(),
+        env=installer_environment(),
     )
     if not finished.ok:
         raise ToolchainMissing(
@@ -122,8 +122,9 @@ def _download(requirements: Sequence[str], platforms: Sequence[str], python: str
         )
 
 
-def _pip_environment() -> dict[str, str]:
-    names = [name for name in os.environ if name.startswith("PIP_") or name.upper() in _PIP_VARIABLES]
+def installer_environment() -> dict[str, str]:
+    """What pip and uv may see of the caller's environment: package indexes, proxies, certificates, caches."""
+    names = [name for name in os.environ if name.startswith(("PIP_", "UV_")) or name.upper() in _PIP_VARIABLES]
     return {name: os.environ[name] for name in names} | {
         name: os.environ[name] for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME") if name in os.environ
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,25 @@ def call(
         BuildError: the child crashed, ran out of time, or answered nothing.
         ModelForgeError: the branch that the function itself raised.
     """
+    argv = [sys.executable, "-P", "-m", "modelforge.toolchains.child", function]
+    return exchange(argv, request, workdir=workdir, timeout=timeout, what=what, env=env)
+
+
+def exchange(
+    argv: Sequence[str],
+    request: Mapping[str, Any],
+    *,
+    workdir: Path,
+    timeout: float,
+    what: str,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run ``argv REQUEST ANSWER``, two file names, and give what it answered. As :func:`call` does, for any program."""
     workdir.mkdir(parents=True, exist_ok=True)
     request_file, answer_file, log = (workdir / name for name in ("request.json", "answer.json", "worker.log"))
     answer_file.unlink(missing_ok=True)
     request_file.write_text(json.dumps(request, sort_keys=True), encoding="utf-8")
-    argv = [sys.executable, "-P", "-m", "modelforge.toolchains.child", function, str(request_file), str(answer_file)]
-    finished = process.run(argv, cwd=workdir, log=log, timeout=timeout, env=env)
+    finished = process.run([*argv, str(request_file), str(answer_file)], cwd=workdir, log=log, timeout=timeout, env=env)
     answer = _read(answer_file)
     if answer is not None and "error" in answer:
         raise _revive(answer["error"], what)
@@ -61,7 +74,11 @@ def _read(answer_file: Path) -> dict[str, Any] | None:
         answer = json.loads(answer_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return answer if isinstance(answer, dict) and ("result" in answer or "error" in answer) else None
+    if not isinstance(answer, dict):
+        return None
+    error = answer.get("error")
+    told = isinstance(error, dict) and isinstance(error.get("what"), str)
+    return answer if told or isinstance(answer.get("result"), dict) else None
 
 
 def _revive(fault: Mapping[str, Any], what: str) -> errors.ModelForgeError:

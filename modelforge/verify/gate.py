@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from modelforge.errors import AccuracyError
-from modelforge.verify.metrics import Comparison, LabelMetric, Outputs, compare, fault_of, majority_share
+from modelforge.verify.metrics import (
+    ChannelGroup,
+    Comparison,
+    LabelMetric,
+    Outputs,
+    compare,
+    compare_group,
+    fault_of,
+    majority_share,
+)
 
 # What a precision must reach beside the recipe's metric, where the recipe says nothing: (SQNR in dB, agreement).
 # FP16 has an 11-bit significand: single operations round at 66 dB; real networks reach 45 to 77 dB in ONNX Runtime, and
 # text detectors, whose error sits on the few pixels of steep edges, 32 dB. INT8 networks with their accuracy intact
 # reach 9 to 30 dB. FP32 differs by the order of its sums only.
 FLOORS = {"fp32": (60.0, 0.999), "fp16": (30.0, 0.99), "int8": (9.0, 0.95), "mixed": (9.0, 0.95)}
+
+COLLAPSED_AT_MOST = 0.1
+"""The share of a group's channels that may be the same everywhere where the FP32 model's are not."""
+MIXED_RATIO = 50.0
+"""Groups from the same kind of operator are the scales of one thing, unless their largest values differ by more: the
+silent scale of a detector has a poor SQNR and decides nothing. As ``mixed_ratio`` of the dialects."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,7 @@ class Verdict:
     reasons: tuple[str, ...]
     outputs: Mapping[str, Comparison] = field(default_factory=dict)
     suspicion: str | None = None
+    groups: Mapping[ChannelGroup, Comparison] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """The ``accuracy`` object of a variant record, less evidence and metric."""
@@ -69,10 +85,17 @@ class Verdict:
             "reasons": list(self.reasons),
             "suspicion": self.suspicion,
             "per_output": [
-                {"output": name, **{key: _finite(value) for key, value in each.facts().items()}}
-                for name, each in self.outputs.items()
+                {**key, **{name: _finite(value) for name, value in each.facts().items()}} for key, each in self._rows()
             ],
         }
+
+    def _rows(self) -> Iterator[tuple[dict[str, str], Comparison]]:
+        """Each output, and behind it its channel groups."""
+        for name, each in self.outputs.items():
+            yield {"output": name}, each
+            for group, found in self.groups.items():
+                if group.output == name:
+                    yield {"output": name, "group": group.title}, found
 
 
 def check_baseline(
@@ -114,8 +137,13 @@ def judge(
     reference: Outputs,
     value: Outputs,
     labels: np.ndarray[Any, Any] | None,
+    groups: Sequence[ChannelGroup] = (),
 ) -> Verdict:
     """Hold a variant's outputs against the FP32 model's on the same samples.
+
+    Args:
+        groups: channels of outputs that mean different things: each must reach the floors on its own, as a cosine of
+            boxes and scores together says nothing of the scores.
 
     Raises:
         AccuracyError: see :func:`check_baseline`.
@@ -146,8 +174,36 @@ def judge(
         gates = rules.min_agreement is not None or reference[name].ndim == 2
         if gates and each.agreement is not None and each.agreement < min_agreement:
             reasons.append(f'output "{name}" agrees in {each.agreement:.4f}, asked for is {min_agreement:.4f}')
+    apart = {group: compare_group(group, reference[group.output], value[group.output]) for group in groups}
+    for group, each in apart.items():
+        reasons += _group_faults(group, each, reference[group.output], rules, precision)
     suspicion = _suspicion(rules, precision, drop, samples)
-    return Verdict(not reasons, baseline, reached, drop, samples, tuple(reasons), outputs, suspicion)
+    return Verdict(not reasons, baseline, reached, drop, samples, tuple(reasons), outputs, suspicion, apart)
+
+
+def _group_faults(
+    group: ChannelGroup, found: Comparison, reference: np.ndarray[Any, Any], rules: GateRules, precision: str
+) -> list[str]:
+    """Why a channel group fails the gate; empty where it does not."""
+    title = f'output "{group.output}", channels {group.title},'
+    if found.fault:
+        return [f"{title} {found.fault}"]
+    if found.collapsed is not None and found.collapsed > COLLAPSED_AT_MOST:
+        return [f"{title} collapsed: {found.collapsed:.0%} of its channels are the same everywhere"]
+    min_sqnr_db, min_agreement = rules.floors(precision)
+    faults = []
+    if found.sqnr_db is not None and found.sqnr_db < min_sqnr_db and _says_its_own(group, reference):
+        faults.append(f"{title} have an SQNR of {found.sqnr_db:.1f} dB, asked for is {min_sqnr_db:.1f} dB")
+    if rules.min_agreement is not None and found.agreement is not None and found.agreement < min_agreement:
+        faults.append(f"{title} agree in {found.agreement:.4f}, asked for is {min_agreement:.4f}")
+    return faults
+
+
+def _says_its_own(group: ChannelGroup, reference: np.ndarray[Any, Any]) -> bool:
+    if not group.alike:
+        return True
+    own, whole = float(np.abs(group.of(reference)).max(initial=0.0)), float(np.abs(reference).max(initial=0.0))
+    return whole > MIXED_RATIO * own > 0
 
 
 def _suspicion(rules: GateRules, precision: str, drop: float | None, samples: int) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Comparison:
         agreement: share of positions whose largest entry along the last axis is the same, for ``[samples, classes]``
             and ``[samples, steps, classes]``; None for any other output.
         fault: what makes the output no output at all: NaN, infinity, all zero, all equal.
+        collapsed: of a channel group: the share of the channels that say something in the reference and the same
+            everywhere in the value; None for a whole output.
     """
 
     identical: bool
@@ -39,6 +41,7 @@ class Comparison:
     max_abs: float
     agreement: float | None
     fault: str | None
+    collapsed: float | None = None
 
     def facts(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -74,6 +77,57 @@ def compare(reference: Array, value: Array) -> Comparison:
         agreement=_agreement(reference, value),
         fault=fault,
     )
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels ``start`` to ``stop`` (without it) of an output along ``axis``, which mean something else than the rest.
+
+    Attributes:
+        name: what they are called in reports.
+        alike: they may mean the same as the rest after all, as they come from the same kind of operator.
+    """
+
+    output: str
+    name: str
+    axis: int
+    start: int
+    stop: int
+    alike: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.start}:{self.stop} {self.name}"
+
+    def of(self, output: Array) -> Array:
+        """The group's channels, ``[samples, ...]``."""
+        return output[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
+
+
+SILENT = 0.05
+"""A channel that varies by less than this share of the liveliest one of its group has nothing to lose."""
+
+
+def compare_group(group: ChannelGroup, reference: Array, value: Array) -> Comparison:
+    """Hold one channel group against its reference; both are the whole output ``[samples, ...]``, of one shape.
+
+    ``agreement`` is that of the largest channel, where the group can be scores (two channels or more, within 0 and 1):
+    over all places with a score of at least a quarter of the largest, as the others decide nothing.
+    """
+    first, second = group.of(reference), group.of(value)
+    found = compare(first, second)
+    if reference.dtype.kind != "f" or not np.isfinite(second).all():
+        return found
+    first, second = (np.moveaxis(each, group.axis, 0).reshape(group.stop - group.start, -1) for each in (first, second))
+    spread = np.ptp(first, axis=1)
+    lively = spread > SILENT * spread.max(initial=0.0)
+    dead = np.ptp(second, axis=1) == 0
+    collapsed = float(np.mean(dead[lively])) if lively.any() else 0.0
+    agreement = None
+    if len(first) > 1 and first.min() >= 0 and 0 < first.max() <= 1:
+        loud = first.max(axis=0) >= first.max() / 4
+        agreement = float(np.mean(first[:, loud].argmax(axis=0) == second[:, loud].argmax(axis=0)))
+    return replace(found, agreement=agreement, collapsed=collapsed)
 
 
 def fault_of(value: Array, reference: Array | None = None) -> str | None:

@@ -11,6 +11,7 @@ from modelforge.bundle.layout import BundleContent, BundleFile, VariantContent
 from modelforge.bundle.record import VariantRecord
 from modelforge.store import digest_file
 from tests.bundle.bundle_contents import MakeContent, compiled_record
+from tests.bundle.signing_keys import KeyPair, make_pair
 
 ABOUT = {
     "serving": {"task": "image-classification <&> é", "latency_budget_ms": 50.0, "fallback": ["t4", "a100"]},
@@ -55,3 +56,15 @@ def make_content(sources: Path) -> MakeContent:
         return BundleContent("ppocr-cls", version, ABOUT, variants, [file("report.html", "report", "report.html")])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
+    """The releaser's keys."""
+    return make_pair(tmp_path_factory.mktemp("keys") / "release")
+
+
+@pytest.fixture(scope="session")
+def other_pair(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
+    """Somebody else's keys."""
+    return make_pair(tmp_path_factory.mktemp("others") / "mallory")

@@ -1,4 +1,4 @@
-"""The header reader against made-up files; real engines are read in test_tensorrt_rtx."""
+"""The header reader against made-up files; real engines are read in tensorrt/test_build."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from modelforge.errors import IntegrityError
 
 
 def engine_bytes(version: tuple[int, ...] = (1, 7, 1, 116), body: bytes = b"x" * 100) -> bytes:
+    """Of TensorRT-RTX."""
     size = 0x40 + 4 + len(body)
     head = b"vtrt" + struct.pack("<IQQ", 0, 2, size) + bytes(version) + b"vtrt"
     return head.ljust(0x40, b"\0") + b"NGNE" + body
@@ -71,6 +72,41 @@ def test_another_version_is_named_with_the_wanted_one(engine: Path) -> None:
     with pytest.raises(IntegrityError, match=r"built by TensorRT-RTX 1\.7\.1\.116, not 1\.8\.0\.1") as caught:
         read_header(engine, version="1.8.0.1")
     assert caught.value.exit_code == 5
+
+
+def classic_bytes(size: int = 96, said: int = 96, serialization: int = 0) -> bytes:
+    """What `trtexec --getPlanVersionOnly` reads of an engine of classic TensorRT 10.3.0.26."""
+    head = b"ftrt" + struct.pack("<IQQ", serialization, 0, said) + bytes((10, 3, 0, 26))
+    return head.ljust(size, b"\0")
+
+
+def test_an_engine_of_classic_tensorrt_is_read_too(engine: Path) -> None:
+    engine.write_bytes(classic_bytes())
+    header = read_header(engine, magic="ftrt", version="10.3.0")
+    assert (header.product, header.version_text, header.size, header.is_whole) == ("TensorRT", "10.3.0.26", 96, True)
+    engine.write_bytes(classic_bytes(said=7))
+    assert read_header(engine).is_whole is None
+
+
+def test_a_classic_engine_of_another_version_or_layout_is_refused(engine: Path) -> None:
+    engine.write_bytes(classic_bytes())
+    with pytest.raises(IntegrityError, match=r"built by TensorRT 10\.3\.0\.26, not 10\.13\.3\.9"):
+        read_header(engine, version="10.13.3.9")
+    engine.write_bytes(classic_bytes(serialization=1))
+    with pytest.raises(IntegrityError, match="layout is not known"):
+        read_header(engine)
+    engine.write_bytes(classic_bytes()[:20])
+    with pytest.raises(IntegrityError, match="truncated: 20 bytes are less than its header"):
+        read_header(engine)
+
+
+def test_the_products_are_told_apart(engine: Path) -> None:
+    with pytest.raises(IntegrityError, match="not a TensorRT engine but one of TensorRT-RTX") as caught:
+        read_header(engine, magic="ftrt")
+    assert "do not load" in str(caught.value.fix)
+    engine.write_bytes(b"\x10\0\0\0" + b'{"task": "detect"}' + classic_bytes())
+    with pytest.raises(IntegrityError, match="metadata in JSON stands before it, as Ultralytics writes"):
+        read_header(engine)
 
 
 def test_a_missing_file_is_an_integrity_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.conftest import Forge, edit_targets
+from tests.conftest import ROOT, Forge, edit_targets
 
 Edit = Callable[[str, str], None]
 
@@ -126,8 +126,11 @@ def test_labels_missing(forge: Forge, digits: Path) -> None:
 
 
 def test_target_without_a_compiler(forge: Forge, digits: Path) -> None:
-    edit_targets(digits, {"ascend-310p3": ["fp16"]})
-    refused(forge, digits, 4, "ascend-310p3", "required = false")
+    profile = (ROOT / "targets" / "ascend-310p3.toml").read_text().replace('["ascend"]', '["of-tomorrow"]')
+    (digits / "targets").mkdir()
+    (digits / "targets" / "a-new-chip.toml").write_text(profile)
+    edit_targets(digits, {"a-new-chip": ["fp16"]})
+    refused(forge, digits, 4, "a-new-chip", "required = false")
 
 
 def test_missing_toolchain(forge: Forge, digits: Path) -> None:

@@ -88,6 +88,9 @@ def test_again_runs_nothing_and_gives_the_same(built: Forge) -> None:
         "compile a100 fp16",
         "verify a100 fp16",
         "verify x86-64 fp32",
+        "estimate t4 fp16",
+        "estimate a100 fp16",
+        "estimate x86-64 fp32",
     }
 
 
@@ -107,6 +110,7 @@ def test_one_target_added_runs_only_its_steps(built: Forge, tmp_path: Path) -> N
     assert [step["title"] for step in plan["steps"] if step["certain"] and not step["cached"]] == [
         "compile x86-64-avx512 fp32",
         "verify x86-64-avx512 fp32",
+        "estimate x86-64-avx512 fp32",
     ]
 
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from modelforge.errors import BuildError
-from modelforge.forge.plan import RungPlan, VariantPlan
+from modelforge.forge.plan import VariantPlan
 from modelforge.forge.run import run_plan
+from modelforge.forge.rungs import RungPlan
 from modelforge.forge.step import Context, Result, Source, Step
 from modelforge.store import StepRecord, Store
 
@@ -58,10 +59,11 @@ class Told:
 
 def a_plan(*variants: VariantPlan) -> Any:
     source = Source("model", {}, lambda folder: None)
-    prepare, reference = step("prepare", source), step("reference", source)
-    baseline = step("baseline", reference)
+    baseline = step("baseline", step("reference", source))
+    stage = SimpleNamespace(name="main", prepare=step("prepare", source), baseline=baseline)
+    first = (baseline, stage.prepare)
     intake = SimpleNamespace(sources=(source,))
-    return SimpleNamespace(intake=intake, prepare=prepare, reference=reference, baseline=baseline, variants=variants)
+    return SimpleNamespace(intake=intake, stages=(stage,), first=first, variants=variants, chains=())
 
 
 def variant(tag: str, *rungs: RungPlan) -> VariantPlan:
@@ -157,3 +159,15 @@ def test_all_rungs_failing_their_gates(tmp_path: Path) -> None:
     built, _ = build(tmp_path, variant("t", rung("t", "int8", "failed"), rung("t", "fp16", "failed")))
     (result,) = built.variants
     assert (result.status, result.gate_failed, len(result.ladder)) == ("failed", True, 2)
+
+
+def deferred(tag: str, *rungs: RungPlan) -> VariantPlan:
+    return replace(variant(tag, *(replace(rung, compile=None) for rung in rungs)), outcome="deferred")
+
+
+def test_every_rung_of_a_deferred_variant_is_judged(tmp_path: Path) -> None:
+    built, _ = build(tmp_path, deferred("t", rung("t", "int8"), rung("t", "fp16"), rung("t", "fp32", "failed")))
+    (result,) = built.variants
+    assert (result.status, result.chosen and result.chosen.plan.precision) == ("deferred", "int8")
+    assert [each.plan.precision for each in result.tried if each.passed] == ["int8", "fp16"]
+    assert [entry["gate"] for entry in result.ladder] == ["passed", "passed", "failed"]

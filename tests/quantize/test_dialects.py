@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,7 @@ def test_merge_casts_gives_q_and_dq_fp16_and_the_same_numbers(residual: Path, tm
 @pytest.mark.parametrize("sm", [75, 80])
 def test_tensorrt_rtx_builds_the_dialect(sm: int, residual: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
+    from modelforge.compilers.tensorrt.switches import Switches
     from modelforge.toolchains import worker
 
     quantize(tmp_path, residual, {"x": image(1, 16, 6, 6)}, "tensorrt")
@@ -364,13 +366,14 @@ def test_tensorrt_rtx_builds_the_dialect(sm: int, residual: Path, tmp_path: Path
     merge_casts(tmp_path / "half" / "model.onnx", tmp_path / "merged")
     for name in ("half", "merged"):
         answer = worker.call(
-            "modelforge.compilers.tensorrt_rtx_worker:build",
+            "modelforge.compilers.tensorrt.worker:build",
             {
                 "model": str(tmp_path / name / "model.onnx"),
                 "engine": str(tmp_path / f"{name}.engine"),
-                "sm": sm,
-                "profile": {"x": [[1, 16, 6, 6], [2, 16, 6, 6], [4, 16, 6, 6]]},
-                "workspace_bytes": None,
+                "product": "tensorrt-rtx",
+                "profiles": [{"x": [[1, 16, 6, 6], [2, 16, 6, 6], [4, 16, 6, 6]]}],
+                "timing_cache": None,
+                **asdict(Switches(capabilities=(sm,))),
             },
             workdir=tmp_path,
             timeout=300,

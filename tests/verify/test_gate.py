@@ -9,7 +9,7 @@ import pytest
 
 from modelforge.errors import AccuracyError
 from modelforge.verify.gate import GateRules, check_baseline, judge
-from modelforge.verify.metrics import _TopK
+from modelforge.verify.metrics import ChannelGroup, _TopK
 
 RNG = np.random.RandomState(0)
 SCORES = RNG.randn(200, 4).astype(np.float32)
@@ -106,3 +106,80 @@ def test_a_coarser_model_that_scores_higher_is_suspicious() -> None:
     assert found.passed
     assert "check the metric" in str(found.suspicion)
     assert verdict(SCORES, "int8").suspicion is None
+
+
+BOXES = ChannelGroup("y", "boxes", 1, 0, 4, alike=False)
+SCORES_GROUP = ChannelGroup("y", "scores", 1, 4, 14, alike=False)
+
+
+def detector(samples: int = 6, anchors: int = 300) -> np.ndarray:
+    """Boxes of hundreds of pixels, and ten classes whose scores come from a sigmoid: ``[samples, 14, anchors]``."""
+    random = np.random.RandomState(1)
+    boxes = random.uniform(0, 320, (samples, 4, anchors))
+    scores = 1 / (1 + np.exp(-random.normal(-2, 2, (samples, 10, anchors))))
+    return np.concatenate([boxes, scores], axis=1).astype(np.float32)
+
+
+def judged(reference: np.ndarray, value: np.ndarray, *groups: ChannelGroup, **rules: float):
+    return judge(GateRules("cosine", 0.01, **rules), None, "int8", {"y": reference}, {"y": value}, None, groups)
+
+
+def test_one_scale_over_boxes_and_scores_passes_as_a_whole_and_fails_by_groups() -> None:
+    exact = detector()
+    scale = np.float32(320 / 127)
+    value = np.rint(exact / scale) * scale
+    whole = judged(exact, value)
+    assert whole.passed
+    assert whole.value > 0.999
+    found = judged(exact, value, BOXES, SCORES_GROUP)
+    assert not found.passed
+    assert found.reasons == ('output "y", channels 4:14 scores, is all zero',)
+    rows = found.facts()["per_output"]
+    assert [row.get("group") for row in rows] == [None, "0:4 boxes", "4:14 scores"]
+    assert rows[1]["sqnr_db"] > 30
+    assert rows[2]["collapsed"] == 1.0
+
+
+def test_some_dead_classes_are_a_collapse() -> None:
+    exact = detector()
+    value = exact.copy()
+    value[:, 5:7] = 0.0  # two classes of ten, both alive in FP32
+    (reason,) = judged(exact, value, BOXES, SCORES_GROUP, min_sqnr_db=-100).reasons
+    assert "20% of its channels are the same everywhere" in reason
+    exact[:, 5:7] = value[:, 5:7] = 1e-6  # dead in FP32, too
+    exact[0, 5, 0] = 2e-6
+    assert judged(exact, value, BOXES, SCORES_GROUP, min_sqnr_db=-100).passed
+
+
+def test_a_group_has_the_floor_of_an_output() -> None:
+    exact = detector()
+    value = exact.copy()
+    value[:, 4:] = np.clip(value[:, 4:] + np.random.RandomState(2).normal(0, 0.3, value[:, 4:].shape), 0, 1)
+    assert judged(exact, value).passed
+    (reason,) = judged(exact, value, BOXES, SCORES_GROUP).reasons
+    assert "channels 4:14 scores" in reason
+    assert "SQNR" in reason
+    assert judged(exact, value, BOXES, SCORES_GROUP, min_sqnr_db=1).passed
+
+
+def test_a_silent_scale_of_the_same_kind_is_not_held_to_it() -> None:
+    """Scores of two scales of a detector; nothing is seen in the second."""
+    near = detector()[:, 4:]
+    far = near * np.float32(0.04)
+    exact, value = np.concatenate([near, far], axis=1), np.concatenate([near, far * 3], axis=1)
+    ends = {"near": (0, 10), "far": (10, 20)}
+    assert judged(exact, value, *(ChannelGroup("y", name, 1, *end, alike=True) for name, end in ends.items())).passed
+    apart = [ChannelGroup("y", name, 1, *end, alike=False) for name, end in ends.items()]
+    assert "SQNR" in judged(exact, value, *apart).reasons[0]
+
+
+def test_the_class_of_each_box_is_asked_for_by_min_agreement() -> None:
+    exact = detector()
+    value = exact.copy()
+    value[:, 4:] = np.roll(value[:, 4:], 1, axis=1)  # every class is the next one
+    found = judged(exact, value, BOXES, SCORES_GROUP, min_sqnr_db=-100)
+    assert found.passed
+    agreements = [row.get("agreement") for row in found.facts()["per_output"][1:]]
+    assert agreements[0] is None
+    assert agreements[1] < 0.05
+    assert not judged(exact, value, BOXES, SCORES_GROUP, min_sqnr_db=-100, min_agreement=0.9).passed

@@ -15,6 +15,7 @@ from modelforge.compilers.tvm import preflight, run, runtime
 from modelforge.compilers.tvm.signature import FILE_NAME, HEADER
 from modelforge.errors import BuildError, ToolchainMissing, UnsupportedError
 from modelforge.graph.facts import ModelFacts
+from modelforge.options import NO_OPTIONS, Options
 from modelforge.recipe import Dim
 from modelforge.store import Store
 from modelforge.target import CpuArchitecture, Target
@@ -32,6 +33,7 @@ class TvmCompiler:
 
     name: str = "tvm"
     title: str = "Apache TVM"
+    section = None
     code_version: str = "1"
 
     def probe(self) -> Toolchain | Missing:
@@ -54,7 +56,9 @@ class TvmCompiler:
         precision: str,
         inputs: Mapping[str, tuple[int | str, ...]],
         dims: Mapping[str, Dim],
+        options: Options = NO_OPTIONS,
     ) -> list[Refusal]:
+        del options  # it has none of its own
         return preflight.refusals(facts, target, precision, inputs, dims)
 
     def compile(self, job: CompileJob) -> Compiled:
@@ -83,6 +87,7 @@ class TvmCompiler:
             files={ARTIFACT: library, **device.files},
             commands=(_compile_command(request), link_command, *device.commands),
             requires=_requires(arch),
+            needs={"glibc": f">={linker.GLIBC}", "glibcxx": f">={GLIBCXX}"},
             notes=_notes(job.precision),
             report={
                 "signature": answer["signature"],
@@ -168,9 +173,13 @@ def _notes(precision: str) -> tuple[str, ...]:
     return (usage, "convolutions and matrix products add up in fp16") if precision == "fp16" else (usage,)
 
 
+GLIBCXX = "3.4.22"
+"""The newest symbol version of libstdc++ that the arm64 and x86-64 runtime libraries ask for."""
+
+
 def _requires(arch: CpuArchitecture) -> str:
     flags = f" with {', '.join(arch.cpuinfo)}" if arch.cpuinfo else ""
     return (
         f"Linux on {arch.isa} ({arch.mcpu}{flags}), glibc {linker.GLIBC} or newer, "
-        "libstdc++ with GLIBCXX_3.4.22 (GCC 6 or newer), libgcc_s"
+        f"libstdc++ with GLIBCXX_{GLIBCXX} (GCC 6 or newer), libgcc_s"
     )

@@ -20,5 +20,6 @@ DIALECT = Dialect(
         "MaxPool GlobalMaxPool Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Gather Resize Pad Expand".split()
     ),
     attention=True,
+    graph_outputs=True,
     sources=("https://onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.html",),
 )

@@ -7,8 +7,9 @@ DIALECT = Dialect(
     title="Rockchip RKNN",
     signed=True,
     symmetric=False,
-    per_channel=frozenset({"Conv", "ConvTranspose"}),
     bias="int32",
+    # Without it, the toolkit 2.5.0 ends with "IndexError: list index out of range" in fold_constant.
+    bias_zero_point=True,
     outputs=WEIGHTED,
     elementwise=frozenset(
         "Add Sub Mul Relu LeakyRelu Clip Sigmoid HardSwish AveragePool GlobalAveragePool Concat".split()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators with a weight, where nearly all arithmetic is."""
@@ -20,17 +22,22 @@ class Dialect:
         weighted: the operators with a constant weight that are quantized; the weight is always symmetric int8.
         per_channel: of those, the ones with one scale for each output channel; the others have one for the tensor.
         bias: ``int32`` with the scale of the product, or ``float`` as it is.
+        bias_zero_point: write the zero point 0 of an int32 bias, which ONNX lets one leave out.
         outputs: operators whose output (after a fused Relu or Clip) is quantized too, for all who read it.
         elementwise: operators without a weight that are quantized at all their inputs and outputs.
         carriers: operators that only move values; where their input is quantized, the output has the same scale.
         attention: whether a MatMul of two activations is quantized.
+        graph_outputs: a quantized node's output that the model gives is quantized too; else it is float at once.
         matmul_rank: the only rank of a MatMul's weight that is taken; None takes all.
         residual_add: quantize the branch of an Add that no Conv is fused into, so that the fused kernel stays int8.
         shared_concat: the inputs of a Concat that feeds a quantized node are quantized, with the output's scale.
         skip_gemv: a matrix product with one row or one column stays in float.
         fewest_channels: a dense layer with fewer input or output channels stays in float.
         half_scales: scales are FP16 numbers, so that an FP16 remainder can hold them exactly.
-        remainder: what the float rest is lowered to.
+        remainder: what the float rest is lowered to; ``compiler``: it stays FP32 in the file, and the compiler makes it
+            FP16.
+        native: writes the compiler's own form, where it takes no QDQ: from the QDQ model, into a folder, given why
+            nodes must not become FP16, by name. Gives facts, JSON.
         lowest_opset: of the result.
         mixed_ratio: a Concat whose inputs' largest values differ by more holds different meanings and shares no scale.
         sources: where the rules are from.
@@ -43,17 +50,20 @@ class Dialect:
     weighted: frozenset[str] = WEIGHTED
     per_channel: frozenset[str] = WEIGHTED
     bias: Literal["int32", "float"] = "float"
+    bias_zero_point: bool = False
     outputs: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
     carriers: frozenset[str] = frozenset()
     attention: bool = False
+    graph_outputs: bool = False
     matmul_rank: int | None = None
     residual_add: bool = False
     shared_concat: bool = False
     skip_gemv: bool = False
     fewest_channels: int = 0
     half_scales: bool = False
-    remainder: Literal["fp32", "fp16"] = "fp32"
+    remainder: Literal["fp32", "fp16", "compiler"] = "fp32"
+    native: Callable[[Path, Path, Mapping[str, str]], Mapping[str, Any]] | None = None
     lowest_opset: int = 13
     mixed_ratio: float = 50.0
     sources: tuple[str, ...] = ()

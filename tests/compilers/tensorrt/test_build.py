@@ -6,49 +6,34 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from modelforge.compilers import tensorrt_rtx
 from modelforge.compilers.engine_header import read_header
 from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Refusal, RunJob, Toolchain
-from modelforge.compilers.tensorrt_rtx import FP32_GEMM_OPS, SUPPORTED_SM, TensorRtRtxCompiler, parsed_operators
-from modelforge.errors import BuildError, IntegrityError, ModelForgeError, UnsupportedError
+from modelforge.compilers.tensorrt import building, product
+from modelforge.compilers.tensorrt.driver import TensorRtRtxCompiler
+from modelforge.compilers.tensorrt.messages import failure
+from modelforge.compilers.tensorrt.preflight import FP32_GEMM_OPS, SUPPORTED_SM, parsed_operators
+from modelforge.compilers.tensorrt.vendor import Heard
+from modelforge.errors import BuildError, IntegrityError, ModelForgeError, ToolchainMissing, UnsupportedError
 from modelforge.graph.facts import ModelFacts, OpFacts, TensorFacts
 from modelforge.recipe import Dim
-from modelforge.target import CudaArchitecture, Memory, Peak, Registry, Target
+from modelforge.target import Registry, Target
 from modelforge.toolchains import worker
+from tests.compilers.tensorrt.models import BATCH, Shape, ask_builder, conv_net, gpu, one_node, save
 
 COMPILER = TensorRtRtxCompiler()
 
 needs_toolchain = pytest.mark.skipif(
     isinstance(COMPILER.probe(), Missing), reason="needs pip install 'modelforge[tensorrt-rtx]'"
 )
-
-BATCH = Dim(min=1, opt=4, max=8)
-Shape = tuple[int | str, ...]
-
-
-def gpu(sm: int, *precisions: str) -> Target:
-    return Target(
-        tag=f"sm{sm}",
-        title=f"a GPU of compute capability {sm}",
-        vendor="nvidia",
-        tier="edge",
-        compilers=("tensorrt-rtx",),
-        precisions=precisions or ("int8", "mixed", "fp16", "fp32"),  # type: ignore[arg-type]  # literals
-        arch=CudaArchitecture(kind="cuda", sm=sm),
-        memory=Memory(bytes=1, bandwidth=1.0),
-        peak=Peak(),
-        notes=(),
-        path=Path(f"sm{sm}.toml"),
-    )
 
 
 def facts(
@@ -76,54 +61,6 @@ def op(name: str, *, domain: str = "", example: str = "node_1") -> OpFacts:
 
 def refuse(model: ModelFacts, target: Target, precision: str = "fp16") -> list[Refusal]:
     return COMPILER.supports(model, target, precision, {}, {})
-
-
-def save(
-    path: Path,
-    nodes: list[onnx.NodeProto],
-    inputs: Mapping[str, Shape],
-    weights: Mapping[str, np.ndarray[Any, Any]],
-    dtype: Any = np.float32,
-    domains: tuple[str, ...] = (),
-) -> Path:
-    """Inputs and the output ``y`` are of ``dtype``, and so become all float weights."""
-    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info(name, element, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info("y", element, None)],
-        [
-            numpy_helper.from_array(array.astype(dtype) if array.dtype == np.float32 else array, name)
-            for name, array in weights.items()
-        ],
-    )
-    opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(domain, 1) for domain in domains)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return path
-
-
-def conv_net(path: Path, dtype: Any) -> Path:
-    """``x [batch, 1, 8, 8]`` -> Conv, Relu, global mean, Gemm -> ``y [batch, 4]``."""
-    random = np.random.default_rng(0)
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], name="conv", pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["c"], ["r"], name="relu"),
-        helper.make_node("GlobalAveragePool", ["r"], ["p"], name="pool"),
-        helper.make_node("Flatten", ["p"], ["f"], name="flat"),
-        helper.make_node("Gemm", ["f", "v"], ["y"], name="classifier"),
-    ]
-    weights = {
-        "w": random.standard_normal((8, 1, 3, 3)).astype(np.float32),
-        "v": random.standard_normal((8, 4)).astype(np.float32),
-    }
-    return save(path, nodes, {"x": ("batch", 1, 8, 8)}, weights, dtype)
-
-
-def one_node(path: Path, name: str, shape: Shape = (4, 4), **attributes: Any) -> Path:
-    domain = attributes.pop("domain", "")
-    node = helper.make_node(name, ["x"], ["y"], name="the_node", domain=domain, **attributes)
-    return save(path, [node], {"x": shape}, {}, domains=(domain,) if domain else ())
 
 
 def compile_for(target: Target, model: Path, workdir: Path, **changes: Any) -> Compiled:
@@ -181,12 +118,16 @@ def test_a_truncated_real_engine_is_told(tmp_path: Path) -> None:
 
 
 @needs_toolchain
-def test_gears_become_one_profile_and_a_note(tmp_path: Path) -> None:
+def test_gears_become_profiles_and_a_note(tmp_path: Path) -> None:
     dims = {"batch": Dim(values=(1, 4, 16))}
     model = one_node(tmp_path / "m.onnx", "Relu", ("batch", 4))
     compiled = compile_for(gpu(86), model, tmp_path / "work", inputs={"x": ("batch", 4)}, dims=dims)
-    assert compiled.commands[0][-1] == "--profile=x:1x4,16x4,16x4"
-    assert any(note.startswith("batch: one optimisation profile from 1 to 16") for note in compiled.notes)
+    assert compiled.commands[0][-3:] == (
+        "--profile=x:1x4,1x4,1x4",
+        "--profile=x:2x4,4x4,4x4",
+        "--profile=x:5x4,16x4,16x4",
+    )
+    assert "batch: an optimisation profile each for 1, 4, 16" in compiled.notes
 
 
 @needs_toolchain
@@ -197,8 +138,10 @@ def test_fp32_products_fail_on_sm75_only_and_the_node_is_named(tmp_path: Path, s
     if sm == 80:
         assert compile_for(gpu(sm), model, tmp_path / "work", precision="fp32").artifact == "main.engine"
         return
-    with pytest.raises(UnsupportedError, match="cannot have this node in FP32") as caught:
+    with pytest.raises(UnsupportedError, match="node classifier"):
         compile_for(gpu(sm), model, tmp_path / "work", precision="fp32")
+    with pytest.raises(UnsupportedError, match="cannot have this node in FP32") as caught:
+        ask_builder(model, sm, tmp_path / "asked", profiles=[{"x": [[1, 1, 8, 8], [4, 1, 8, 8], [8, 1, 8, 8]]}])
     assert caught.value.where == "node classifier"
     assert "FP16" in str(caught.value.fix)
     assert "cudaError" not in str(caught.value)
@@ -234,13 +177,13 @@ def test_each_operator_of_the_sm75_rule_is_refused_by_the_real_builder(tmp_path:
         nodes, inputs, weights = make()
         model = save(tmp_path / f"{name}.onnx", nodes, inputs, weights)
         with pytest.raises(UnsupportedError, match="FP32 GEMM is not supported"):
-            compile_for(gpu(75), model, tmp_path / name, inputs=inputs, dims={})
+            ask_builder(model, 75, tmp_path / name)
 
 
 @needs_toolchain
 def test_a_parser_refusal_names_operator_node_and_code(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="refused Det, UNSUPPORTED_NODE") as caught:
-        compile_for(gpu(80), one_node(tmp_path / "m.onnx", "Det"), tmp_path / "work", inputs={"x": (4, 4)}, dims={})
+        ask_builder(one_node(tmp_path / "m.onnx", "Det"), 80, tmp_path / "work")
     assert caught.value.where == "node the_node"
 
 
@@ -248,7 +191,7 @@ def test_a_parser_refusal_names_operator_node_and_code(tmp_path: Path) -> None:
 def test_a_custom_operator_is_named(tmp_path: Path) -> None:
     model = one_node(tmp_path / "m.onnx", "Frobnicate", domain="acme")
     with pytest.raises(UnsupportedError, match="refused Frobnicate, INVALID_NODE") as caught:
-        compile_for(gpu(80), model, tmp_path / "work", inputs={"x": (4, 4)}, dims={})
+        ask_builder(model, 80, tmp_path / "work")
     assert caught.value.where == "node the_node"
 
 
@@ -257,13 +200,16 @@ def test_garbage_and_truncated_models_are_errors(tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"hello world" * 100)
     with pytest.raises(BuildError, match="empty network: 0 layers, 0 outputs"):
-        compile_for(gpu(80), garbage, tmp_path / "a", inputs={}, dims={})
+        ask_builder(garbage, 80, tmp_path / "a")
     truncated = tmp_path / "truncated.onnx"
     truncated.write_bytes(conv_net(tmp_path / "m.onnx", np.float16).read_bytes()[:200])
     with pytest.raises(BuildError, match="MODEL_DESERIALIZE_FAILED"):
-        compile_for(gpu(80), truncated, tmp_path / "b")
+        ask_builder(truncated, 80, tmp_path / "b")
     with pytest.raises(BuildError, match="the parser"):
-        compile_for(gpu(80), tmp_path / "absent.onnx", tmp_path / "c")
+        ask_builder(tmp_path / "absent.onnx", 80, tmp_path / "c")
+    for name, model in (("d", garbage), ("e", truncated), ("f", tmp_path / "absent.onnx")):
+        with pytest.raises(ModelForgeError):
+            compile_for(gpu(80), model, tmp_path / name)
     assert not list(tmp_path.glob("*/main.engine"))
 
 
@@ -271,7 +217,7 @@ def test_garbage_and_truncated_models_are_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("profile", "what"),
     [
-        ({"x": [[8, 4], [4, 4], [8, 4]]}, "do not fit the model or each other"),
+        ({"x": [[8, 4], [4, 4], [8, 4]]}, "do not rise"),
         ({"x": [[1, 5], [4, 5], [8, 5]]}, "do not fit the model or each other"),
         ({"x": [[1], [4], [8]]}, "do not fit the model or each other"),
         ({}, "the input has dynamic dimensions and no bounds"),
@@ -280,18 +226,10 @@ def test_garbage_and_truncated_models_are_errors(tmp_path: Path) -> None:
     ids=["min above opt", "against a fixed dimension", "another rank", "no bounds", "unknown name"],
 )
 def test_a_wrong_profile_is_an_error(tmp_path: Path, profile: dict[str, Any], what: str) -> None:
-    request = {
-        "model": str(one_node(tmp_path / "m.onnx", "Relu", ("batch", 4))),
-        "engine": str(tmp_path / "main.engine"),
-        "sm": 80,
-        "profile": profile,
-        "workspace_bytes": None,
-    }
+    model = one_node(tmp_path / "m.onnx", "Relu", ("batch", 4))
     with pytest.raises(BuildError, match=what):
-        worker.call(
-            "modelforge.compilers.tensorrt_rtx_worker:build", request, workdir=tmp_path, timeout=60, what="the build"
-        )
-    assert not (tmp_path / "main.engine").exists()
+        ask_builder(model, 80, tmp_path / "work", profiles=[profile] if profile else [])
+    assert not (tmp_path / "work" / "main.engine").exists()
 
 
 @needs_toolchain
@@ -308,14 +246,14 @@ def test_an_input_whose_values_are_a_shape_is_refused(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(UnsupportedError, match="decide shapes") as caught:
-        compile_for(gpu(80), tmp_path / "m.onnx", tmp_path / "work", inputs={"x": (2, 4), "s": (2,)}, dims={})
+        ask_builder(tmp_path / "m.onnx", 80, tmp_path / "work")
     assert caught.value.where == "input s"
 
 
 @needs_toolchain
 def test_a_workspace_that_is_too_small_says_which_option(tmp_path: Path) -> None:
     model = conv_net(tmp_path / "m.onnx", np.float16)
-    with pytest.raises(BuildError, match="workspace limit is too low") as caught:
+    with pytest.raises(BuildError, match="not enough memory") as caught:
         compile_for(gpu(80), model, tmp_path / "work", options={"workspace_bytes": 1})
     assert "workspace_bytes" in str(caught.value.fix)
 
@@ -354,16 +292,19 @@ def test_a_real_crash_of_the_builder_is_a_build_error(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(BuildError, match="SIGSEGV"):
+        ask_builder(tmp_path / "m.onnx", 80, tmp_path / "asked")
+    with pytest.raises(UnsupportedError, match="crashes the builder"):
         compile_for(gpu(80), tmp_path / "m.onnx", tmp_path / "work", inputs={"x": (1, 2, 4, 8)}, dims={})
 
 
 def test_a_child_that_claims_success_without_an_engine_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = {"version": "1.7.1.116", "layers": 1, "inputs": [], "outputs": [], "warnings": []}
-    monkeypatch.setattr(tensorrt_rtx.worker, "call", lambda *_args, **_more: answer)
+    answer = {"version": "1.7.1.116", "layers": 1, "inputs": [], "outputs": [], "warnings": [], "dla": None}
+    answer |= {"seconds": {"parse": 0.1, "build": 1.0}, "timing_cache_used": False}
+    monkeypatch.setattr(building.worker, "call", lambda *_args, **_more: answer)
     with pytest.raises(BuildError, match="left no whole engine"):
-        compile_for(gpu(80), tmp_path / "m.onnx", tmp_path / "work")
+        compile_for(gpu(80), one_node(tmp_path / "m.onnx", "Relu"), tmp_path / "work")
 
 
 # -- what is refused before any build
@@ -406,9 +347,9 @@ def test_a_precision_that_the_target_lacks_is_refused() -> None:
 
 
 def test_operators_without_a_parser_and_foreign_domains_are_refused() -> None:
-    model = facts(op("Relu"), op("Unique", example="u1"), op("Relu", domain="acme", example="r1"), op("If"))
+    model = facts(op("Relu"), op("Unique", example="u1"), op("Relu", domain="acme", example="r1"))
     found = {refusal.rule: refusal.what for refusal in refuse(model, gpu(80))}
-    assert sorted(found) == ["control-flow", "domain", "operator"]
+    assert sorted(found) == ["domain", "operator"]
     assert "u1" in found["operator"]
     assert "Unique" in found["operator"]
     assert "acme::Relu" in found["domain"]
@@ -443,7 +384,7 @@ def test_data_types_of_inputs_and_outputs(dtype: str, sm: int, accepted: bool) -
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ops = sorted({schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""})
     return worker.call(
-        "modelforge.compilers.tensorrt_rtx_worker:describe",
+        "modelforge.compilers.tensorrt.worker:describe",
         {"ops": ops},
         workdir=tmp_path_factory.mktemp("describe"),
         timeout=60,
@@ -474,7 +415,7 @@ def test_probe_tells_the_version_that_the_module_has(installed: dict[str, Any]) 
 
 
 def test_a_missing_toolchain_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_rtx, "_DISTRIBUTIONS", ("no-such-distribution",))
+    monkeypatch.setattr(product.importlib.util, "find_spec", lambda _name: None)
     missing = COMPILER.probe()
     assert isinstance(missing, Missing)
     assert missing.fix == "pip install 'modelforge[tensorrt-rtx]'"
@@ -482,7 +423,7 @@ def test_a_missing_toolchain_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_parent_process_never_imports_the_vendor_package() -> None:
     code = (
-        "import sys; from modelforge.compilers.tensorrt_rtx import TensorRtRtxCompiler as C; C().probe(); "
+        "import sys; from modelforge.compilers.tensorrt.driver import TensorRtRtxCompiler as C; C().probe(); "
         "sys.exit(any(name.startswith('tensorrt') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -491,9 +432,62 @@ def test_the_parent_process_never_imports_the_vendor_package() -> None:
 def test_an_engine_is_never_said_to_run_here(tmp_path: Path) -> None:
     target = gpu(75)
     assert COMPILER.runner(target) is None
-    assert "compute capability 7.5 with TensorRT-RTX 1.7" in COMPILER.runner_hint(target)
+    assert "compute capability 7.5 with TensorRT-RTX" in COMPILER.runner_hint(target)
     job = RunJob({}, "main.engine", target, tmp_path / "i.npz", 1, tmp_path / "o.npz", tmp_path, 10)
     with pytest.raises(BuildError, match="cannot be run here") as caught:
         COMPILER.run(job)
-    assert "modelforge finalize" in str(caught.value.fix)
+    assert "modelforge verify" in str(caught.value.fix)
     assert isinstance(caught.value, ModelForgeError)
+
+
+@needs_toolchain
+def test_one_engine_for_two_capabilities_is_built_once_and_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELFORGE_HOME", str(tmp_path / "home"))
+    options = {"compute_capabilities": ["7.5", "8.0"]}
+    (tmp_path / "model").mkdir()
+    model = conv_net(tmp_path / "model" / "m.onnx", np.float16)
+    t4, a100 = (compile_for(gpu(sm), model, tmp_path / f"sm{sm}", options=options) for sm in (75, 80))
+    assert t4.files["main.engine"].read_bytes() == a100.files["main.engine"].read_bytes()
+    assert [each.report["shared"] for each in (t4, a100)] == [False, True]
+    for each in (t4, a100):
+        assert each.needs["sm"] == [75, 80]
+        assert "compute capability 7.5 or 8.0" in each.requires
+        assert "one engine for compute capabilities 7.5, 8.0" in each.notes
+        assert "--compute-capability=SM75,SM80" in each.commands[0]
+    other = compile_for(gpu(80), model, tmp_path / "other", options=options | {"builder_optimization_level": 1})
+    assert other.report["shared"] is False
+
+
+@needs_toolchain
+def test_fp32_products_keep_a_shared_engine_from_being_built(tmp_path: Path) -> None:
+    """The A100 could have it alone; the T4, which the same engine is for, could not."""
+    options = {"compute_capabilities": ["7.5", "8.0"]}
+    with pytest.raises(UnsupportedError, match=r"compute capability 7\.5"):
+        compile_for(gpu(80), conv_net(tmp_path / "m.onnx", np.float32), tmp_path / "work", options=options)
+
+
+MISLEADING = (
+    "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (In catchCudaError at checkMacros.cpp:250 "
+    "(cudaError 35: CUDA driver version is insufficient for CUDA runtime version))"
+)
+"""As TensorRT-RTX 1.7.1 says it on a machine without a GPU, before or after the cause of a failed build."""
+
+
+def test_the_misleading_line_is_never_the_cause_nor_an_error_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    heard = Heard(needs_gpu=False)
+    for severity, message in (("ERROR", MISLEADING), ("ERROR", "the cause"), ("ERROR", MISLEADING)):
+        heard.add(severity, message)
+    assert heard.errors() == ["the cause"]
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("[INFO] (no GPU is needed for this; not the cause of anything)")
+    assert second == "[ERROR] the cause"
+
+
+def test_where_a_gpu_is_needed_the_same_line_is_the_cause() -> None:
+    heard = Heard(needs_gpu=True)
+    heard.add("ERROR", MISLEADING)
+    cause = failure(heard.errors(), "there is no builder")
+    assert isinstance(cause, ToolchainMissing)
+    assert "no NVIDIA GPU" in cause.what

@@ -1,0 +1,235 @@
+"""The rungs of a variant's ladder, and the steps of each: lower, compile, verify, and what the reports say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from modelforge.compilers.protocol import Compiler
+from modelforge.forge.choice import Choice
+from modelforge.forge.intake import Intake
+from modelforge.forge.stages import Stage, make_step
+from modelforge.forge.step import Source, Step
+from modelforge.recipe import TargetSection
+from modelforge.target import Target
+
+EMULATED_FLOPS = 20e9
+"""How much arithmetic an emulated or simulated run may cost: qemu runs a few hundred MFLOP/s of unscheduled code, so
+that this is a minute or two. Bounds the samples by the model's own cost, so that the count is the same anywhere."""
+EMULATED_AT_LEAST = 2
+
+
+@dataclass(frozen=True)
+class RungPlan:
+    """One precision to try: lowered, compiled and judged by these steps.
+
+    Attributes:
+        compile: None where it is deferred.
+        describe: writes what the reports say of a quantization, once the gate has passed; None without one.
+        estimate: what a model of the device says of its latency; None where its profile knows no rate.
+        race: times the artifact beside the next float rung's, where both run here; None where that cannot be.
+    """
+
+    precision: str
+    lower: Step
+    compile: Step | None
+    verify: Step
+    describe: Step | None
+    evidence: str
+    race: Step | None = None
+    estimate: Step | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """In an order in which each comes after what it needs."""
+        own = [self.lower, self.compile, self.verify, self.describe, self.race, self.estimate]
+        ordered = [
+            each for step in own if step is not None for each in [*all_needs(step), step] if isinstance(each, Step)
+        ]
+        return tuple({step.key: step for step in ordered}.values())
+
+
+def compile_params(intake: Intake, stage: Stage, section: TargetSection, compiler: Compiler) -> dict[str, Any]:
+    """What a compile job needs beside the model, the target and the precision; JSON."""
+    params: dict[str, Any] = {
+        "inputs": stage_shapes(stage),
+        "dims": {symbol: dim.facts() for symbol, dim in intake.recipe.dims.items()},
+    }
+    if options := section.sections.get(compiler.section or ""):
+        params["options"] = dict(options)
+    if intake.recipe.preprocess:
+        params["preprocess"] = {
+            name: each.model_dump(mode="json") for name, each in sorted(intake.recipe.preprocess.items())
+        }
+    return params
+
+
+def stage_shapes(stage: Stage) -> dict[str, list[int | str]]:
+    """The shapes of a stage's inputs, as JSON."""
+    return {name: list(shape) for name, shape in stage.inputs.items()}
+
+
+class Rungs:
+    """Makes the rungs of one stage."""
+
+    def __init__(self, intake: Intake, stage: Stage) -> None:
+        self.intake = intake
+        self.stage = stage
+
+    def rung(self, section: TargetSection, target: Target, choice: Choice, precision: str) -> RungPlan:
+        """The steps of one rung; without a toolchain (deferred) the lowered model is judged and nothing compiled."""
+        compiler, found = choice.compiler, choice.toolchain
+        profile = {
+            "compiler": compiler.name,
+            "tag": target.tag,
+            "target": target.path.read_text(encoding="utf-8"),
+            "precision": precision,
+        }
+        lower = self._lower(precision, compiler.dialect(target), _needs_reduced_range(target))
+        needs: dict[str, Step | Source] = {
+            "lowered": lower,
+            "samples": self.stage.samples,
+            "reference": self.stage.reference,
+            "baseline": self.stage.baseline,
+            **self.stage.metric_needs,
+        }
+        build = None
+        if found is not None:
+            job = compile_params(self.intake, self.stage, section, compiler)
+            params = {**profile, "code": compiler.code_version, **job}
+            title = self.stage.titled(f"compile {target.tag} {precision}")
+            build = make_step("compile", title, params, {"lowered": lower}, found.versions)
+            needs["compiled"] = build
+        evidence = (compiler.runner(target) if build else None) or "reference"
+        judged = {
+            **profile,
+            "evidence": evidence,
+            "batch": self.intake.batch,
+            "samples": self._judged(evidence),
+            "metric": dict(self.stage.metric),
+        }
+        if evidence == "device" and self.intake.recipe.serving.latency_budget_ms is not None:
+            judged["timed"] = list(self._batches)
+        verify = make_step("verify", self.stage.titled(f"verify {target.tag} {precision}"), judged, needs)
+        describe = None
+        if "ranges" in lower.needs:
+            told = {name: need for name, need in lower.needs.items() if name in ("ranges", "ranking", "search")}
+            params = {"dialect": compiler.dialect(target), "metric": self.stage.metric["rules"]["metric"]}
+            describe = make_step(
+                "describe", self.stage.titled(f"describe {precision}"), params, {"lowered": lower, **told}
+            )
+        timing = {**profile, "batches": list(self._batches), "inputs": stage_shapes(self.stage)}
+        estimate = make_step(
+            "estimate",
+            self.stage.titled(f"estimate {target.tag} {precision}"),
+            timing,
+            {"prepared": self.stage.prepare},
+        )
+        return RungPlan(precision, lower, build, verify, describe, evidence, None, estimate)
+
+    def raced(self, rungs: Sequence[RungPlan]) -> tuple[RungPlan, ...]:
+        """Give each INT8 rung that runs here a race against the first float rung after it."""
+        return tuple(self._raced(rung, rungs[place + 1 :]) for place, rung in enumerate(rungs))
+
+    def _raced(self, rung: RungPlan, after: Sequence[RungPlan]) -> RungPlan:
+        rival = next((each for each in after if each.precision in ("fp16", "fp32")), None)
+        if rung.precision not in ("int8", "mixed") or rung.evidence != "device" or rival is None:
+            return rung
+        if rung.compile is None or rival.compile is None:
+            return rung
+        params = {name: rung.verify.params[name] for name in ("compiler", "tag", "target", "batch")}
+        params |= {"precision": rung.precision, "rival": rival.precision}
+        title = f"{rung.verify.title.replace('verify', 'time', 1)} beside {rival.precision}"
+        needs: dict[str, Step | Source] = {
+            "compiled": rung.compile,
+            "rival": rival.compile,
+            "samples": self.stage.samples,
+        }
+        return replace(rung, race=make_step("race", title, params, needs))
+
+    @cached_property
+    def ranges(self) -> Step:
+        """Measures the ranges of all activations, once for all precisions, dialects and targets.
+
+        FP16 alone asks them only what would overflow: without calibration data, the evaluation data tells it.
+        """
+        data = self.stage.calibration or self.stage.samples
+        needs: dict[str, Step | Source] = {"prepared": self.stage.prepare, "calibration": data}
+        return make_step("calibrate", self.stage.titled("calibrate"), {"data_digest": _digest(data)}, needs)
+
+    def _lower(self, precision: str, dialect: str, reduce_range: bool) -> Step:
+        """The step that writes the lowered model: shared by all targets of one precision and dialect."""
+        needs: dict[str, Step | Source] = {"prepared": self.stage.prepare}
+        titled = self.stage.titled
+        if precision == "fp32":
+            return make_step("lower", titled(f"lower to {precision}"), {"precision": precision}, needs)
+        ranges = self.ranges
+        calibration = {"calibration": ranges.needs["calibration"]}
+        if precision == "fp16":
+            needs |= {"half_ranges": ranges}
+            return make_step("lower", titled("lower to fp16"), {"precision": precision}, needs)
+        how = {"dialect": dialect, "reduce_range": reduce_range, "method": self.intake.calibration_facts["method"]}
+        params = {"precision": precision, **how}
+        needs |= {"ranges": ranges}
+        ranking = make_step("rank", titled(f"rank layers ({dialect})"), how, {**needs, **calibration})
+        needs |= {"ranking": ranking}
+        if precision == "int8":
+            needs |= calibration
+        if precision == "mixed":
+            needs["search"] = make_step(
+                "search",
+                titled(f"search layers to keep ({dialect})"),
+                {**params, "batch": self.intake.batch, "metric": dict(self.stage.metric)},
+                {**needs, "samples": self.stage.samples, "reference": self.stage.reference, **self.stage.metric_needs},
+            )
+        return make_step("lower", titled(f"lower to {precision} ({dialect})"), params, needs)
+
+    def _judged(self, evidence: str) -> int:
+        """How many samples are judged: all, or as many as an emulator can run in a minute or two."""
+        count = self.intake.count
+        if evidence not in ("emulator", "simulator"):
+            return count
+        flops = self._flops
+        return count if flops is None else min(count, max(EMULATED_AT_LEAST, int(EMULATED_FLOPS / max(flops, 1))))
+
+    @cached_property
+    def _batches(self) -> tuple[int, ...]:
+        """The batch sizes that matter: those worth code of their own; the one size where it is fixed."""
+        firsts = {shape[0] for shape in self.stage.inputs.values() if shape}
+        symbols = sorted(first for first in firsts if isinstance(first, str))
+        if symbols:
+            return self.intake.recipe.dims[symbols[0]].gears
+        return (max((first for first in firsts if isinstance(first, int)), default=1),)
+
+    @cached_property
+    def _flops(self) -> float | None:
+        """Arithmetic of one sample through the whole model; None where a shape is unknown."""
+        from modelforge.graph.inspect import inspect_model
+
+        recipe = self.intake.recipe
+        bound = {symbol: dim.usual for symbol, dim in recipe.dims.items()}
+        flops = inspect_model(recipe.model, bound=bound, shapes=self.intake.inputs).flops
+        return None if flops is None else flops / self.intake.batch
+
+
+def _digest(data: Step | Source) -> str:
+    """What a range table says that it was measured on: the digest of the arrays, or the step that makes them."""
+    return data.key if isinstance(data, Step) else data.digests["samples.npz"].removeprefix("arrays-")
+
+
+def all_needs(step: Step) -> list[Step | Source]:
+    """Everything below a step, deepest first."""
+    found: list[Step | Source] = []
+    for need in step.needs.values():
+        if isinstance(need, Step):
+            found += all_needs(need)
+        found.append(need)
+    return found
+
+
+def _needs_reduced_range(target: Target) -> bool:
+    """Whether 8-bit products overflow this CPU's 16-bit sums: x86 without VNNI (facts of ONNX Runtime's quantizer)."""
+    arch = target.arch
+    return arch.kind == "cpu" and arch.isa == "x86-64" and not any("vnni" in flag for flag in arch.cpuinfo)

@@ -1,0 +1,201 @@
+"""The stages of a recipe's [split], each a model of its own on its way through the forge. Pure: it writes nothing.
+
+The user's model is cut before it is prepared, so that the names of the tensors are the user's; each stage is prepared,
+calibrated, lowered, compiled and judged by itself, on what the stages before it give in FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from modelforge.errors import RecipeError, nearest
+from modelforge.forge.intake import Intake, Shapes
+from modelforge.forge.splitting import SplitWish, plan_stages
+from modelforge.forge.stages import Stage, front_steps, make_step, metric_of
+from modelforge.forge.step import Source, Step
+from modelforge.forge.tiers import TierSetup, TierWish
+from modelforge.graph.inspect import inspect_proto
+from modelforge.graph.split_plan import INPUT, CutTensor, SplitPlan, StagePlan, plan_from_facts
+from modelforge.graph.split_tiers import Link
+from modelforge.graph.split_write import describe, stage_models
+from modelforge.recipe import SplitSection
+from modelforge.samples import is_batched
+from modelforge.target import Registry
+
+_ANY_OUTPUT = {"metric": "sqnr", "max_drop": None, "min_reference": None, "min_agreement": 0.0, "min_sqnr_db": None}
+"""What a stage is judged by that does not give the model's outputs: a tensor inside has no label, and no decision."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the model is split, and the stages.
+
+    Attributes:
+        joined: holds the chain of FP32 stages against the whole model, on the evaluation data.
+    """
+
+    plan: SplitPlan
+    transport: str
+    stages: tuple[Stage, ...]
+    joined: Step
+
+    def facts(self) -> dict[str, Any]:
+        """The stage manifest, as the bundle carries it."""
+        return {**describe(self.plan), "transport": self.transport}
+
+
+def split(intake: Intake, section: SplitSection, whole: Stage, registry: Registry) -> Split:
+    """Plan the stages of a recipe's [split].
+
+    Raises:
+        InputError: of any branch: it cannot be split so, with the reason.
+    """
+    recipe = intake.recipe
+    sizes = {symbol: dim.usual for symbol, dim in recipe.dims.items()}
+    planned = plan_stages(recipe.model, _wish(intake, section), registry, sizes=sizes, shapes=intake.inputs)
+    plan = _named(planned.plan, section, recipe.where("split", "names"))
+    if section.transport == "int8" and intake.calibration is None:
+        raise RecipeError(
+            "INT8 transport needs the ranges of the tensors that cross, and the recipe has no calibration data",
+            where=recipe.where("split", "transport"),
+            fix="add [calibration], or take fp16",
+        )
+    for tensor in (each for stage in plan.stages for each in stage.inputs):
+        _check_crossing(intake, tensor)
+    asked = {"model": recipe.model.name, "plan": plan.facts()}
+    cut = make_step("split", "split the model", asked, {"model": intake.model})
+    maker = _Maker(intake, plan, cut)
+    for stage, model in zip(plan.stages, stage_models(recipe.model, plan), strict=True):
+        maker.add(stage, model)
+    needs: dict[str, Step | Source] = {f"from-{name}": each.reference for name, each in maker.stages.items()}
+    needs |= {"samples": intake.samples, "reference": whole.reference}
+    outputs = {"outputs": [[name, source] for name, source in plan.outputs]}
+    joined = make_step("joined", "hold the chain of stages against the whole model", outputs, needs)
+    return Split(plan, section.transport, tuple(maker.stages.values()), joined)
+
+
+def chosen_stages(split: Split | None, names: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
+    """The stages that a target serves: those that it names, else all.
+
+    Raises:
+        RecipeError: it names one that there is not.
+    """
+    known = ("main",) if split is None else tuple(stage.name for stage in split.stages)
+    for name in names or ():
+        if name not in known:
+            raise RecipeError(f'there is no stage "{name}"; {nearest(name, known)}', where=where)
+    return known if names is None else names
+
+
+def _wish(intake: Intake, section: SplitSection) -> SplitWish:
+    tiers = None
+    if section.tiers:
+        ends = zip(section.tiers, section.tiers[1:], section.links, strict=False)
+        links = {(near, far): Link(link.latency_ms / 1e3, link.bandwidth) for near, far, link in ends}
+        tiers = TierSetup(tuple(TierWish(tag, tag) for tag in section.tiers), links, section.transport)
+    return SplitWish(
+        at=tuple((cut,) if isinstance(cut, str) else cut for cut in section.at),
+        stages=section.stages,
+        balance=section.balance,
+        time_on=intake.recipe.targets[0].tag,
+        max_stage_bytes=section.max_stage_bytes,
+        activations=True,
+        tiers=tiers,
+    )
+
+
+def _named(plan: SplitPlan, section: SplitSection, where: str) -> SplitPlan:
+    """The plan with the recipe's names for its stages."""
+    if not section.names:
+        return plan
+    if len(section.names) != len(plan.stages):
+        raise RecipeError(
+            f"there are {len(plan.stages)} stages, and {len(section.names)} names", where=where, fix="name each stage"
+        )
+    names = dict(zip((stage.name for stage in plan.stages), section.names, strict=True)) | {INPUT: INPUT}
+    facts = plan.facts()
+
+    def renamed(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {**each, "source": names[each["source"]], "readers": [names[reader] for reader in each["readers"]]}
+            for each in tensors
+        ]
+
+    stages = [
+        {**each, "name": names[each["name"]], "inputs": renamed(each["inputs"]), "outputs": renamed(each["outputs"])}
+        for each in facts["stages"]
+    ]
+    outputs = [(name, names[source]) for name, source in facts["outputs"]]
+    return plan_from_facts({**facts, "stages": stages, "outputs": outputs})
+
+
+def _check_crossing(intake: Intake, tensor: CutTensor) -> None:
+    """A stage's input must have sizes that the recipe bounds, and samples must go along its first dimension."""
+    where, fix = intake.recipe.where("split"), "cut at another tensor"
+    unknown = [size for size in tensor.shape or () if isinstance(size, str) and size not in intake.recipe.dims]
+    if tensor.shape is None or unknown:
+        told = "an unknown rank" if tensor.shape is None else f"the size {unknown[0]!r}, which no input declares"
+        raise RecipeError(f'the tensor "{tensor.name}" crosses from stage to stage with {told}', where=where, fix=fix)
+    free = all(shape and isinstance(shape[0], str) for shape in intake.inputs.values())
+    if free and not is_batched(tensor.shape):
+        raise RecipeError(
+            f'the tensor "{tensor.name}" {list(tensor.shape)} crosses from stage to stage, and its first dimension is '
+            "not the batch",
+            where=where,
+            fix=fix,
+        )
+
+
+class _Maker:
+    """Makes the stages in order, each fed by those before it."""
+
+    def __init__(self, intake: Intake, plan: SplitPlan, cut: Step) -> None:
+        self.intake, self.plan, self.cut = intake, plan, cut
+        self.stages: dict[str, Stage] = {}
+        self._traces: dict[str, Step] = {}
+        """The outputs of each stage on the calibration data."""
+
+    def add(self, stage: StagePlan, model: onnx.ModelProto) -> None:
+        intake = self.intake
+        inputs: Shapes = {tensor.name: tensor.shape or () for tensor in stage.inputs}
+        facts = inspect_proto(model, shapes=inputs, where=f"{intake.recipe.model} ({stage.name})", cost=False)
+        judged = {tensor.name for tensor in stage.outputs} == {name for name, _ in self.plan.outputs}
+        references = {name: each.reference for name, each in self.stages.items()}
+        samples = _feed(stage, intake.samples, references, "evaluation data", labels=judged)
+        prepare, reference = front_steps(intake, stage.name, self.cut, stage.file, inputs, samples)
+        metric = metric_of(intake) if judged else {"rules": _ANY_OUTPUT, "k": intake.accuracy.k, "output": None}
+        needs: dict[str, Source] = {"metric": intake.metric} if judged and intake.metric is not None else {}
+        baseline = make_step(
+            "baseline",
+            f"{stage.name}: check the FP32 baseline",
+            {"metric": metric},
+            {"samples": samples, "reference": reference, **needs},
+        )
+        self.stages[stage.name] = Stage(
+            stage.name, facts, inputs, samples, self._calibration(stage), metric, needs, prepare, reference, baseline
+        )
+
+    def _calibration(self, stage: StagePlan) -> Step | None:
+        intake = self.intake
+        if intake.calibration is None:
+            return None
+        calibration = _feed(stage, intake.calibration, self._traces, "calibration data", labels=False)
+        self._traces[stage.name] = make_step(
+            "reference",
+            f"{stage.name}: run on the calibration data",
+            {"model": stage.file, "batch": intake.batch},
+            {"model": self.cut, "samples": calibration},
+        )
+        return calibration
+
+
+def _feed(stage: StagePlan, data: Step | Source, outputs: Mapping[str, Step], what: str, *, labels: bool) -> Step:
+    """The step that gathers a stage's inputs: the model's own, and what the stages before it gave."""
+    sources = {tensor.name: tensor.source for tensor in stage.inputs}
+    needs: dict[str, Step | Source] = {"samples": data}
+    needs |= {f"from-{name}": outputs[name] for name in sorted(set(sources.values()) - {INPUT})}
+    return make_step("feed", f"{stage.name}: gather the {what}", {"tensors": sources, "labels": labels}, needs)

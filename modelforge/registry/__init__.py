@@ -1,0 +1,1 @@
+"""Bundles in OCI registries: push, pull, list, tag. Light: no numpy, no graph, no compilers."""
