@@ -71,20 +71,27 @@ def rec_task(count: int = 512) -> Task:
         return float(np.mean([text == other for text, other in zip(found, wanted, strict=True)]))
 
     calibration, _ = _rendered(32, seed=11, width=320)
-    evaluation, truth = _rendered(count, seed=12, width=320)
+    evaluation, truth = fresh("rec4", 12, count)
     allowed = {"onnxruntime-x86": 0.005, "tensorrt": 0.01, "ascend": 0.01}
     shapes: dict[str, tuple[int | str, ...]] = {"x": ("batch", 3, 48, 320)}
     return Task("rec4", model, shapes, calibration, evaluation, truth, exact, "exact match", allowed)
 
 
-def cls_task(count: int = 400) -> Task:
+def cls_task(count: int = 512) -> Task:
     """PP-OCR direction classifier: upright or turned by 180 degrees."""
     model = packaged("rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx")
     calibration, _ = _turned(*_rendered(32, seed=21, width=192, hard=True))
-    evaluation, labels = _turned(*_rendered(count, seed=22, width=192, hard=True))
+    evaluation, labels = fresh("cls", 22, count)
     allowed = dict.fromkeys(("onnxruntime-x86", "tensorrt", "ascend"), 0.0025)
     shapes: dict[str, tuple[int | str, ...]] = {"x": ("batch", 3, 48, 192)}
     return Task("cls", model, shapes, calibration, evaluation, labels, _top1, "top1", allowed)
+
+
+def fresh(task: str, seed: int, count: int) -> tuple[Array, Any]:
+    """Another set of evaluation samples with their truth, of a task whose lines are rendered."""
+    if task == "rec4":
+        return _rendered(count, seed=seed, width=320)
+    return _turned(*_rendered(count, seed=seed, width=192, hard=True))
 
 
 SUFFIXES = {

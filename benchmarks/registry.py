@@ -4,8 +4,8 @@
 
 A docker-registry on a free loopback port; whole processes, the clients in turn, medians over the rounds. Every pull
 begins with nothing: no store, no output. Pushes go into an empty registry each time. What each client does is not the
-same: modelforge hashes, writes the blob twice (store and output) and syncs both to the disk; skopeo hashes and writes
-once; python-dxf hashes and writes once; curl writes nothing. Peak memory is VmHWM of the client's process.
+same: modelforge hashes, writes the blob twice (store and output) and syncs the output to the disk; skopeo and
+python-dxf hash and write once, and sync nothing; curl writes nothing. Peak memory is VmHWM of the client's process.
 The goals (issue 9): pull at 0.9 of python-dxf's throughput or more, and faster than skopeo; under 80 MB.
 """
 

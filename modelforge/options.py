@@ -77,6 +77,30 @@ class AtcSection(Section):
     memory_bytes: PositiveInt | None = None
 
 
+class RockchipSection(Section):
+    """``[target.rockchip]``: RKNN-Toolkit2.
+
+    Attributes:
+        single_core: build for one NPU core (rk3588): a smaller file, for programs that run several models at once.
+        compress_weight: weights are compressed in the file, and unpacked as it is loaded.
+    """
+
+    single_core: StrictBool = False
+    compress_weight: StrictBool = False
+
+
+class QualcommSection(Section):
+    """``[target.qualcomm]``: QNN.
+
+    Attributes:
+        embed: the context lies inside its .onnx wrapper, one file instead of two.
+        optimization: how hard QNN optimizes the graph, 1 to 3; its default is its own (0).
+    """
+
+    embed: StrictBool = False
+    optimization: Annotated[int, Strict(), Field(ge=1, le=3)] | None = None
+
+
 class PreprocessSection(Section):
     """``[inputs.NAME.preprocess]``: what the device does to a raw image before the model sees it.
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, field_val
 from pydantic import ValidationError as _Fault
 
 from modelforge.errors import RecipeError, nearest
-from modelforge.options import AtcSection, Options, PreprocessSection, TensorRtSection
+from modelforge.options import AtcSection, Options, PreprocessSection, QualcommSection, RockchipSection, TensorRtSection
 from modelforge.schema import dotted_key, explain, line_suffix
 from modelforge.target import TAG_PATTERN, PositiveFloat, PositiveInt, Precision, SchemaVersion
 
@@ -182,14 +182,17 @@ class TargetSection(_Strict):
     compiler: str | None = None
     prefer: Literal["ladder", "speed"] = "ladder"
     stages: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    partition: Literal["npu"] | None = None
     tensorrt: TensorRtSection | None = None
     atc: AtcSection | None = None
+    rockchip: RockchipSection | None = None
+    qualcomm: QualcommSection | None = None
     options: dict[str, Any] = {}
 
     @property
     def sections(self) -> dict[str, Options]:
         """What the recipe says to single compilers, by ``Compiler.section``; ``options`` is for those of others."""
-        own = {"tensorrt": self.tensorrt, "atc": self.atc}
+        own = {"tensorrt": self.tensorrt, "atc": self.atc, "rockchip": self.rockchip, "qualcomm": self.qualcomm}
         given: dict[str, Options] = {name: section.given() for name, section in own.items() if section is not None}
         return given | ({"options": self.options} if self.options else {})
 
@@ -314,6 +317,12 @@ def _check_tags(recipe: Recipe) -> None:
                 fix="give each target once, with its ladder",
             )
         seen.add(section.tag)
+        if section.partition is not None and recipe.split is not None:
+            raise RecipeError(
+                "a model that is split by [split] is not shared out between an NPU and its CPU as well",
+                where=recipe.where("target", index, "partition"),
+                fix="take one of the two out",
+            )
         if section.stages is not None and recipe.split is None:
             raise RecipeError(
                 "the model is not split, so that there are no stages to choose",

@@ -113,6 +113,7 @@ class _TargetFile(_Strict):
     arch: Architecture
     memory: Memory
     peak: Peak
+    host: Annotated[str, Field(pattern=TAG_PATTERN, description="the tag of a CPU's profile")] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -123,6 +124,7 @@ class Target:
     Attributes:
         compilers: names of the compilers that can serve it, in order of preference.
         precisions: what its hardware computes in; a precision absent here has no hardware support.
+        host: the tag of the CPU beside an NPU, which runs what the NPU cannot (``partition = "npu"``).
     """
 
     tag: str
@@ -136,6 +138,7 @@ class Target:
     peak: Peak
     notes: tuple[str, ...]
     path: Path
+    host: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """What a compiled artifact depends on: everything but the file's place and its prose."""
@@ -161,8 +164,21 @@ def load_target(path: Path) -> Target:
             fix="rename it: lower-case letters, digits and hyphens only",
         )
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"cannot be read as TOML: {error}", where=str(path)) from error
+    return parse_target(text, path)
+
+
+def parse_target(text: str, path: Path) -> Target:
+    """A profile out of its text, which a bundle or a task carries; ``path`` names it, and need not be there.
+
+    Raises:
+        TargetError: as :func:`load_target`.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise TargetError(f"cannot be read as TOML: {error}", where=str(path)) from error
     try:
         file = _TargetFile.model_validate(data)

@@ -51,8 +51,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
             ["target", *stage, "status", "precision", "size", "metric", "reference", "value", "evidence", "built in"],
             [_row(record, outcome.seconds, bool(stage)) for record in outcome.document["variants"]],
         )
-        for chain in outcome.document.get("split", {}).get("chains", []):
-            console.text(_chain(chain))
+        about = outcome.document
+        for split in [about.get("split", {}), *about.get("partitions", {}).values()]:
+            for chain in split.get("chains", []):
+                console.text(_chain(chain))
         if outcome.path is not None:
             console.text(f"\n{outcome.path}  {outcome.digest}{'  (unchanged)' if outcome.unchanged else ''}")
     for note in outcome.notes:

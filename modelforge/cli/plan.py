@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         [[step.title, step.key[:12], _state(step.key, certain, store)] for step in plan.steps()],
     )
     for chain in plan.chains:
-        members = [plan.variants[place] for place in chain]
+        members = [plan.variants[place] for place in chain.members]
         told = " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)
         console.text(f"\nthen the chain {told} is judged as the whole model")
     for variant in plan.variants:
@@ -85,7 +85,7 @@ def _row(variant: VariantPlan) -> list[str]:
 
 
 def _chains(plan: Plan) -> list[list[dict[str, str]]]:
-    members = [[plan.variants[place] for place in chain] for chain in plan.chains]
+    members = [[plan.variants[place] for place in chain.members] for chain in plan.chains]
     return [[{"stage": each.stage, "target": each.target.tag} for each in chain] for chain in members]
 
 
@@ -113,7 +113,9 @@ def _document(plan: Plan, store: Store) -> dict[str, Any]:
             }
             for variant in plan.variants
         ],
-        **({} if plan.split is None else {"split": plan.split.facts(), "chains": _chains(plan)}),
+        **({} if plan.split is None else {"split": plan.split.facts()}),
+        **({"partitions": {tag: split.facts() for tag, split in plan.partitions.items()}} if plan.partitions else {}),
+        **({"chains": _chains(plan)} if plan.chains else {}),
         "steps": [
             {
                 "key": step.key,

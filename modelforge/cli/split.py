@@ -11,7 +11,6 @@ from modelforge.cli.console import Console, size_text
 
 if TYPE_CHECKING:
     from modelforge.forge.splitting import Planned, SplitWish
-    from modelforge.graph.split_tiers import TierCut, TierProblem
 
 DESCRIPTION = """Cut a model into stages: one ONNX file each, and split.json, which says what goes from where to where.
 The chain of stages is run against the whole model before the folder appears.
@@ -25,9 +24,6 @@ EXAMPLE = (
     "modelforge split model.onnx --tier device=cortex-a76 --tier cloud=a100:fp16 --link device-cloud=10ms,1.25MB/s "
     "--transport int8 --plan-only"
 )
-_SWEEP = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0, 256.0)
-"""What the bandwidths are multiplied by, to show how the choice depends on them."""
-_CANDIDATES = 10
 _CHECK_SAMPLES = 4
 
 
@@ -61,6 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from modelforge.forge.intake import require_build_extra
 
     require_build_extra()
+    from modelforge.forge.split_choices import candidates, tier_choices
     from modelforge.forge.splitting import plan_stages
     from modelforge.graph.load import check_model
     from modelforge.target import Registry
@@ -76,9 +73,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         from modelforge.forge.tiers import tier_problem
 
         problem = tier_problem(planned.graph, wish.tiers, Registry())
-        document["tiers"] = _tier_document(problem)
+        document["tiers"] = tier_choices(problem)
     elif args.plan_only:
-        document["candidates"] = _candidates(planned)
+        document["candidates"] = candidates(planned)
     if not args.plan_only:
         folder = args.output or Path(f"{args.model.stem}-stages")
         document |= {"path": str(folder), "check": _write(args, planned, folder, console)}
@@ -186,53 +183,6 @@ def _document(planned: Planned) -> dict[str, Any]:
             for tensor in planned.plan.crossing
         ],
         "notes": [*planned.notes, *planned.plan.notes],
-    }
-
-
-def _candidates(planned: Planned) -> list[dict[str, Any]]:
-    from modelforge.graph.cuts import cheapest
-    from modelforge.graph.split_tiers import TRANSPORTS
-
-    graph = planned.graph
-    total = sum(layer.flops or 0 for layer in graph.layers) or 1
-    return [
-        {
-            "tensors": names,
-            "flops_before": sum(layer.flops or 0 for layer in graph.layers[:boundary]) / total,
-            "bytes": {
-                each: sum(graph.tensors[name].transport_bytes(each) or 0 for name in names) for each in TRANSPORTS
-            },
-        }
-        for boundary, names in cheapest(graph, _CANDIDATES)
-    ]
-
-
-def _tier_document(problem: TierProblem) -> dict[str, Any]:
-    from modelforge.graph.split_tiers import sweep, top_cuts
-
-    return {
-        "estimate": True,
-        "transport": problem.transport,
-        "return_outputs": problem.return_outputs,
-        "links": [
-            {"from": near, "to": far, "latency_ms": link.latency * 1e3, "bandwidth": link.bandwidth}
-            for (near, far), link in problem.links.items()
-        ],
-        "cuts": [_cut_facts(cut) for cut in top_cuts(problem, _CANDIDATES)],
-        "sweep": [{"factor": factor, **_cut_facts(cut)} for factor, cut in sweep(problem, _SWEEP)],
-    }
-
-
-def _cut_facts(cut: TierCut) -> dict[str, Any]:
-    return {
-        "kind": cut.kind,
-        "route": list(cut.route),
-        "crossing": {link: list(names) for link, names in cut.crossing.items()},
-        "bytes": dict(cut.bytes),
-        "tier_ms": {name: seconds * 1e3 for name, seconds in cut.tier_seconds.items()},
-        "link_ms": {name: seconds * 1e3 for name, seconds in cut.link_seconds.items()},
-        "total_ms": cut.seconds * 1e3,
-        "fits": cut.fits,
     }
 
 

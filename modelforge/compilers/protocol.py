@@ -104,7 +104,8 @@ class RunJob:
     """What a runner gets: the files of a variant, and inputs to run them on.
 
     Attributes:
-        files: as in :class:`Compiled`, read back from the store or the bundle, each under its own name.
+        files: as in :class:`Compiled`, read back from the store or the bundle, each under its own name; with them the
+            lowered model, ``model.onnx``, for runners that build again (a simulator).
         inputs: an .npz with one array per model input, shape ``[samples, ...]``: sample ``i`` of input ``x`` is
             ``x[i:i+1]`` where the model's first dimension is 1 or a symbol, else ``x[i]``.
         batch: how many samples to run at once (1 where the first dimension is fixed).

@@ -137,7 +137,7 @@ def _error(variants: Sequence[VariantResult], allow_deferred: bool, store: Store
 def _chain_error(built: Built) -> ModelForgeError | None:
     """Stages that each meet their gate do not make a chain that does."""
     for chain in built.chains:
-        members = [built.plan.variants[place] for place in chain.members]
+        members = [built.plan.variants[place] for place in chain.plan.members]
         if chain.passed or not all(each.required for each in members):
             continue
         where = "chain " + " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from modelforge.forge.plan import Plan, VariantPlan
+from modelforge.forge.plan import ChainPlan, Plan
 from modelforge.forge.rungs import RungPlan, Rungs
 from modelforge.forge.split_stages import Split
 from modelforge.forge.stages import make_step
@@ -15,16 +15,16 @@ from modelforge.graph.split_plan import INPUT
 _COARSEST = ("int8", "mixed", "fp16", "fp32")
 
 
-def chain_step(plan: Plan, members: Sequence[tuple[VariantPlan, RungPlan]]) -> Step:
+def chain_step(plan: Plan, chain: ChainPlan, rungs: Sequence[RungPlan]) -> Step:
     """The step that runs the chosen rungs of all stages, in order, each as its own verification ran it."""
-    assert plan.split is not None, "only a split model has chains"
+    split, variants = chain.split, [plan.variants[place] for place in chain.members]
     stages: list[dict[str, Any]] = []
     needs: dict[str, Step | Source] = {
         "samples": plan.intake.samples,
         "reference": plan.whole.reference,
         **plan.whole.metric_needs,
     }
-    for part, (variant, rung) in zip(plan.split.plan.stages, members, strict=True):
+    for part, variant, rung in zip(split.plan.stages, variants, rungs, strict=True):
         profile = {name: rung.verify.params[name] for name in ("compiler", "tag", "target", "precision", "evidence")}
         sources = {tensor.name: tensor.source for tensor in part.inputs}
         stages.append({"name": part.name, **profile, "tensors": sources})
@@ -32,20 +32,20 @@ def chain_step(plan: Plan, members: Sequence[tuple[VariantPlan, RungPlan]]) -> S
         if rung.compile is not None:
             needs[f"compiled-{part.name}"] = rung.compile
         assert variant.stage == part.name, "chains are in the order of the stages"
-    crossing = transport_step(plan, plan.split)
+    crossing = transport_step(plan, split)
     if crossing is not None:
         needs["transport"] = crossing
-    precisions = {rung.precision for _, rung in members}
+    precisions = {rung.precision for rung in rungs}
     params = {
         "stages": stages,
-        "outputs": [[name, source] for name, source in plan.split.plan.outputs],
+        "outputs": [[name, source] for name, source in split.plan.outputs],
         "batch": plan.intake.batch,
-        "samples": min(rung.verify.params["samples"] for _, rung in members),
+        "samples": min(rung.verify.params["samples"] for rung in rungs),
         # The outputs carry the coarsest stage's noise: its floors hold for the chain.
         "precision": next(each for each in _COARSEST if each in precisions),
         "metric": dict(plan.whole.metric),
     }
-    title = " -> ".join(f"{variant.stage} on {variant.target.tag}" for variant, _ in members)
+    title = " -> ".join(f"{variant.stage} on {variant.target.tag}" for variant in variants)
     return make_step("chain", f"run the chain {title}", params, needs)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from modelforge.bundle.read import Bundle, Variant, export_files
+from modelforge.bundle.record import VariantRecord
 from modelforge.compilers import compiler_names, get_compiler
 from modelforge.compilers.protocol import Compiler, Ran, RunJob, Toolchain
 from modelforge.errors import ModelForgeError
-from modelforge.target import Registry, Target
+from modelforge.target import Registry, Target, parse_target
 from modelforge.toolchains import worker
 
 TIMEOUT = 600.0
@@ -52,7 +53,7 @@ def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
     found = compiler.probe()
     if not isinstance(found, Toolchain):
         return not_run(f"{found.reason}; {found.fix}")
-    target = Registry().get(tag, where=str(bundle.path))
+    target = running_target(bundle, record)
     evidence = compiler.runner(target)
     if evidence is None:
         return not_run(compiler.runner_hint(target) or "it cannot run on this machine")
@@ -68,6 +69,24 @@ def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
         shutil.rmtree(workdir, ignore_errors=True)
     outcome = "failed" if figures["reasons"] else "passed"
     return GoldenResult(tag, record.stage, outcome, ran.evidence, "; ".join(figures["reasons"]), figures)
+
+
+def running_target(bundle: Bundle, record: VariantRecord) -> Target:
+    """What runs a variant: its target, or the CPU beside the NPU for the part that the NPU left.
+
+    By the profiles that the bundle carries, which may be the recipe's own; else by those of this ModelForge.
+    """
+    carried = bundle.about.get("profiles", {})
+
+    def profile(tag: str) -> Target:
+        if isinstance(carried.get(tag), str):
+            return parse_target(carried[tag], Path(f"{tag}.toml"))
+        return Registry().get(tag, where=str(bundle.path))
+
+    target = profile(record.target)
+    if record.compiler in target.compilers or target.host is None:
+        return target
+    return replace(profile(target.host), tag=target.tag)
 
 
 def run_artifact(

@@ -13,8 +13,7 @@ from modelforge.bundle.read import Bundle, Variant, export_files
 from modelforge.compilers import compiler_names, get_compiler
 from modelforge.compilers.protocol import Toolchain
 from modelforge.errors import InputError, ModelForgeError
-from modelforge.forge.golden import TIMEOUT, compare_golden, run_artifact
-from modelforge.target import Registry
+from modelforge.forge.golden import TIMEOUT, compare_golden, run_artifact, running_target
 from modelforge.toolchains import worker
 
 _COARSEST = ("int8", "mixed", "fp16", "fp32")
@@ -41,10 +40,12 @@ def check_chains(bundle: Bundle) -> list[ChainResult]:
     Raises:
         InputError: the bundle holds no split model.
     """
-    split = bundle.about.get("split")
-    if split is None:
+    splits = [*bundle.about.get("partitions", {}).values()]
+    if "split" in bundle.about:
+        splits.append(bundle.about["split"])
+    if not splits:
         raise InputError("the model is not split: it has no chain", where=str(bundle.path), fix="leave out --chain")
-    return [_check(bundle, split, chain) for chain in split["chains"]]
+    return [_check(bundle, split, chain) for split in splits for chain in split["chains"]]
 
 
 def _check(bundle: Bundle, split: Mapping[str, Any], chain: Mapping[str, Any]) -> ChainResult:
@@ -65,7 +66,7 @@ def _check(bundle: Bundle, split: Mapping[str, Any], chain: Mapping[str, Any]) -
             archives = {**outputs, "input": files["golden-inputs.npz"]}
             _gather(archives, tensors, split["transport"], inputs, folder)
             outputs[name], golden[name] = folder / "outputs.npz", files["golden-outputs.npz"]
-            evidence = _run(variant, files, inputs, outputs[name], folder)
+            evidence = _run(bundle, variant, files, inputs, outputs[name], folder)
             ran.append({"stage": name, "target": tag, "evidence": evidence})
             precisions.add(variant.record.precision)
         wanted = {output["name"]: output["from"] for output in split["outputs"]}
@@ -97,10 +98,10 @@ def _gather(
     )  # fmt: skip
 
 
-def _run(variant: Variant, files: Mapping[str, Path], inputs: Path, outputs: Path, folder: Path) -> str:
+def _run(bundle: Bundle, variant: Variant, files: Mapping[str, Path], inputs: Path, outputs: Path, folder: Path) -> str:
     """Run one stage: its artifact where it can run here, else its lowered model in ONNX Runtime; gives the evidence."""
     record = variant.record
-    target = Registry().get(record.target)
+    target = running_target(bundle, record)
     if record.artifact is not None and record.compiler in compiler_names():
         compiler = get_compiler(record.compiler or "")
         if isinstance(compiler.probe(), Toolchain) and compiler.runner(target) is not None:

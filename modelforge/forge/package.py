@@ -10,9 +10,11 @@ from modelforge import __version__
 from modelforge.bundle.layout import BundleContent, BundleFile, VariantContent
 from modelforge.bundle.record import VariantRecord
 from modelforge.forge.run import Built, RungResult, VariantResult
+from modelforge.forge.split_stages import Split
 from modelforge.graph.facts import TensorFacts
 from modelforge.recipe import Recipe
 from modelforge.store import Blob, Store, canonical_json, digest_file
+from modelforge.target import Registry
 
 _MEDIA_TYPES = {".onnx": "application/vnd.onnx", ".npz": "application/x-npz", ".json": "application/json"}
 JOB_FILE = "job.json"
@@ -162,13 +164,19 @@ def file_role(name: str, artifact: str) -> str:
     """What a file of a compiler's answer is for."""
     if name == artifact:
         return "artifact"
-    if name.startswith(artifact + "."):
+    if name.startswith(artifact + ".") or _is_gear(name, artifact):
         return "artifact-data"
     if name.startswith("lib"):
         return "runtime-library"
     if name.endswith((".log", ".txt")):
         return "log"
     return "report" if name.endswith(".json") else "runner"
+
+
+def _is_gear(name: str, artifact: str) -> bool:
+    """``main_b4.rknn`` beside ``main_b1.rknn``: the same for another batch."""
+    stem, _, ending = artifact.partition(".")
+    return stem.startswith("main_b") and name.startswith("main_b") and name.endswith("." + ending)
 
 
 def bundle_file(name: str, role: str, path: Path, blob: Blob | None = None) -> BundleFile:
@@ -212,6 +220,7 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
             }
             for target in (variant.target for variant in built.plan.variants)
         },
+        "profiles": _profiles(built),
         "dims": {symbol: dim.facts() for symbol, dim in recipe.dims.items()},
         **_preprocess(recipe),
         **_split(built),
@@ -220,14 +229,34 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
     }
 
 
+def _profiles(built: Built) -> dict[str, str]:
+    """The text of each target's profile, and of the CPU beside it: the recipe may have its own."""
+    registry = Registry([built.plan.recipe.folder / "targets"])
+    tags = {variant.target.tag for variant in built.plan.variants}
+    tags |= {target.host for target in map(registry.get, sorted(tags)) if target.host is not None}
+    return {tag: registry.get(tag).path.read_text(encoding="utf-8") for tag in sorted(tags)}
+
+
 def _split(built: Built) -> dict[str, Any]:
     """The stages in order, how tensors cross between them, and what the chains of variants gave."""
-    split = built.plan.split
-    if split is None:
-        return {}
-    ran = [chain.record.facts for chain in built.chains if chain.record is not None]
+    plan = built.plan
+    found: dict[str, Any] = {}
+    if plan.split is not None:
+        found |= {"stages": _stages(plan.split), "split": _split_facts(built, plan.split)}
+    if plan.partitions:
+        found["partitions"] = {tag: _split_facts(built, split) for tag, split in sorted(plan.partitions.items())}
+        found["stages"] = [stage for split in plan.partitions.values() for stage in _stages(split)]
+    return found
+
+
+def _split_facts(built: Built, split: Split) -> dict[str, Any]:
+    ran = [chain.record.facts for chain in built.chains if chain.record is not None and chain.plan.split is split]
     crossing = next((dict(facts["transport"]) for facts in ran), {})
-    stages = [
+    return {**split.facts(), **split.choices(), "transport": crossing, "chains": chain_facts(built, split)}
+
+
+def _stages(split: Split) -> list[dict[str, Any]]:
+    return [
         {
             "name": stage.name,
             "inputs": [_tensor(each.name, each.dtype, each.shape) for each in stage.inputs],
@@ -235,7 +264,6 @@ def _split(built: Built) -> dict[str, Any]:
         }
         for stage in split.plan.stages
     ]
-    return {"stages": stages, "split": {**split.facts(), "transport": crossing, "chains": chain_facts(built)}}
 
 
 def _outputs(built: Built) -> tuple[TensorFacts, ...]:
@@ -246,11 +274,11 @@ def _outputs(built: Built) -> tuple[TensorFacts, ...]:
     return inspect_model(intake.recipe.model, shapes=intake.inputs, cost=False).outputs
 
 
-def chain_facts(built: Built) -> list[dict[str, Any]]:
+def chain_facts(built: Built, split: Split) -> list[dict[str, Any]]:
     """What each chain of variants gave, judged as the whole model."""
     found: list[dict[str, Any]] = []
-    for chain in built.chains:
-        members = [built.plan.variants[place] for place in chain.members]
+    for chain in (each for each in built.chains if each.plan.split is split):
+        members = [built.plan.variants[place] for place in chain.plan.members]
         row: dict[str, Any] = {"stages": [{"stage": each.stage, "target": each.target.tag} for each in members]}
         if chain.record is None:
             row["reason"] = chain.error.what if chain.error else "a variant of it is missing"

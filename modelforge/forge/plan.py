@@ -10,8 +10,9 @@ from typing import Any, Literal
 from modelforge.errors import RecipeError, ToolchainMissing, UnsupportedError, nearest
 from modelforge.forge.choice import Choice, choose
 from modelforge.forge.intake import Intake, require_build_extra, take_in
+from modelforge.forge.partition import CPU_COMPILER, host_of
 from modelforge.forge.rungs import RungPlan, Rungs, all_needs, compile_params
-from modelforge.forge.split_stages import Split, chosen_stages, split
+from modelforge.forge.split_stages import Split, chosen_stages, is_npu, partition, split
 from modelforge.forge.stages import Stage, whole
 from modelforge.forge.step import Step
 from modelforge.recipe import Recipe, TargetSection, load_recipe
@@ -48,29 +49,46 @@ class VariantPlan:
 
 
 @dataclass(frozen=True)
+class ChainPlan:
+    """One variant of each stage of a split, in order; ``members`` are indices among the plan's variants."""
+
+    split: Split
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a build will do; each stage's steps serve all its variants.
 
     Attributes:
         whole: the model as one stage; its baseline comes before all else.
-        split: None where the model is not split.
-        chains: for a split model, variants of all stages in order, as indices: what runs one after the other.
+        split: what the recipe's [split] makes of it; None where it is not split.
+        partitions: by target, how its NPU and the CPU beside it share the model.
+        chains: of a split or partition, variants of all stages in order: what runs one after the other.
     """
 
     intake: Intake
     whole: Stage
     split: Split | None
     variants: tuple[VariantPlan, ...]
-    chains: tuple[tuple[int, ...], ...] = ()
+    partitions: Mapping[str, Split] = field(default_factory=dict)
+    chains: tuple[ChainPlan, ...] = ()
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return (*([self.split] if self.split else []), *self.partitions.values())
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return (self.whole,) if self.split is None else self.split.stages
+        """All stages that a variant is made of."""
+        used = {variant.stage for variant in self.variants}
+        own = (self.whole, *(stage for split in self.splits for stage in split.stages))
+        return tuple(stage for stage in own if stage.name in used)
 
     @property
     def first(self) -> tuple[Step, ...]:
         """What must succeed before any variant is begun."""
-        steps = [self.whole.baseline, *([self.split.joined] if self.split else [])]
+        steps = [self.whole.baseline, *(split.joined for split in self.splits)]
         return (*steps, *(each for stage in self.stages for each in (stage.prepare, stage.baseline)))
 
     @property
@@ -127,22 +145,42 @@ def make_plan(path: Path, *, tags: Sequence[str] = (), allow_deferred: bool = Fa
     one = whole(intake)
     parts = None if recipe.split is None else split(intake, recipe.split, one, registry)
     rungs = {stage.name: Rungs(intake, stage) for stage in (parts.stages if parts else (one,))}
-    variants = tuple(
-        _variant(rungs[stage], section, target, where, allow_deferred)
-        for section, target, where in zip(sections, targets, places, strict=True)
-        for stage in chosen_stages(parts, section.stages, where.removesuffix("tag") + "stages")
-    )
-    return Plan(intake, one, parts, variants, _chains(parts, variants, recipe.where("target")))
+    variants: list[VariantPlan] = []
+    partitions: dict[str, Split] = {}
+    for section, target, where in zip(sections, targets, places, strict=True):
+        shared = partition(intake, section, target, one) if section.partition else None
+        if shared is not None:
+            partitions[target.tag] = shared
+            variants += _shared(intake, shared, section, target, registry, where, allow_deferred)
+            continue
+        for stage in chosen_stages(parts, section.stages, where.removesuffix("tag") + "stages"):
+            variants.append(_variant(rungs[stage], section, target, where, allow_deferred))
+    chains = [] if parts is None else _chains(parts, variants, recipe.where("target"))
+    chains += [chain for shared in partitions.values() for chain in _chains(shared, variants, recipe.where("target"))]
+    return Plan(intake, one, parts, tuple(variants), partitions, tuple(chains))
 
 
-def _chains(parts: Split | None, variants: Sequence[VariantPlan], where: str) -> tuple[tuple[int, ...], ...]:
+def _shared(
+    intake: Intake, shared: Split, section: TargetSection, target: Target, registry: Registry, where: str,
+    allow_deferred: bool,
+) -> list[VariantPlan]:  # fmt: skip
+    """The variants of a partition: the NPU's by its own compiler, the others for the CPU beside it, in FP32."""
+    host = host_of(target, registry, where)
+    beside = section.model_copy(update={"compiler": CPU_COMPILER, "precision": ("fp32",), "tensorrt": None})
+    return [
+        _variant(Rungs(intake, stage), section, target, where, allow_deferred)
+        if is_npu(stage.name)
+        else _variant(Rungs(intake, stage), beside, host, where, allow_deferred)
+        for stage in shared.stages
+    ]
+
+
+def _chains(parts: Split, variants: Sequence[VariantPlan], where: str) -> list[ChainPlan]:
     """Chains that hold every variant of every stage at least once: the first targets of all stages, the second ...
 
     Raises:
         RecipeError: a stage has no target.
     """
-    if parts is None:
-        return ()
     by_stage = [[place for place, each in enumerate(variants) if each.stage == stage.name] for stage in parts.stages]
     for stage, places in zip(parts.stages, by_stage, strict=True):
         if not places:
@@ -150,7 +188,7 @@ def _chains(parts: Split | None, variants: Sequence[VariantPlan], where: str) ->
                 f'no target serves the stage "{stage.name}"', where=where, fix=f'give one `stages = ["{stage.name}"]`'
             )
     count = max(map(len, by_stage))
-    return tuple(tuple(places[min(each, len(places) - 1)] for places in by_stage) for each in range(count))
+    return [ChainPlan(parts, tuple(places[min(each, len(places) - 1)] for places in by_stage)) for each in range(count)]
 
 
 def _sections(recipe: Recipe, tags: Sequence[str]) -> list[TargetSection]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from modelforge.errors import BuildError, ModelForgeError
-from modelforge.forge.plan import Plan, VariantPlan
+from modelforge.forge.plan import ChainPlan, Plan, VariantPlan
 from modelforge.forge.rungs import RungPlan
 from modelforge.forge.step import Source, Step, execute
 from modelforge.store import StepRecord, Store
@@ -86,11 +86,10 @@ class ChainResult:
     """What a chain of variants gave, one variant of each stage.
 
     Attributes:
-        members: indices among the variants.
         record: None where it could not run: a variant of it is missing, or failed as part of the chain.
     """
 
-    members: tuple[int, ...]
+    plan: ChainPlan
     record: StepRecord | None
     error: ModelForgeError | None = None
 
@@ -183,7 +182,7 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, *, jobs: int, executo
             baseline = {stage.name: runner.obtain(stage.baseline) for stage in plan.stages}
             results = [drivers.submit(_build_variant, runner, variant) for variant in plan.variants]
             variants = tuple(future.result() for future in results)
-            chains = tuple(_run_chain(runner, plan, variants, members) for members in plan.chains)
+            chains = tuple(_run_chain(runner, plan, variants, chain) for chain in plan.chains)
         except BaseException:
             process.kill_all()
             steps.shutdown(wait=False, cancel_futures=True)
@@ -192,19 +191,17 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, *, jobs: int, executo
     return Built(plan, prepared, baseline, variants, chains)
 
 
-def _run_chain(
-    runner: _Runner, plan: Plan, variants: tuple[VariantResult, ...], members: tuple[int, ...]
-) -> ChainResult:
+def _run_chain(runner: _Runner, plan: Plan, variants: tuple[VariantResult, ...], chain: ChainPlan) -> ChainResult:
     from modelforge.forge.chain import chain_step
 
-    chosen = [variants[place].chosen for place in members]
-    if any(each is None for each in chosen):
-        return ChainResult(members, None)
-    rungs = [(plan.variants[place], each.plan) for place, each in zip(members, chosen, strict=True) if each is not None]
+    chosen = [variants[place].chosen for place in chain.members]
+    rungs = [each.plan for each in chosen if each is not None]
+    if len(rungs) < len(chosen):
+        return ChainResult(chain, None)
     try:
-        return ChainResult(members, runner.obtain(chain_step(plan, rungs)))
+        return ChainResult(chain, runner.obtain(chain_step(plan, chain, rungs)))
     except ModelForgeError as error:
-        return ChainResult(members, None, error)
+        return ChainResult(chain, None, error)
 
 
 def _build_variant(runner: _Runner, variant: VariantPlan) -> VariantResult:

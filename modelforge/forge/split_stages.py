@@ -12,21 +12,25 @@ from typing import Any
 
 import onnx
 
-from modelforge.errors import RecipeError, nearest
+from modelforge.errors import RecipeError, UnsupportedError, nearest
 from modelforge.forge.intake import Intake, Shapes
-from modelforge.forge.splitting import SplitWish, plan_stages
+from modelforge.forge.partition import LEAST_SHARE, npu_support
+from modelforge.forge.split_choices import candidates, tier_choices
+from modelforge.forge.splitting import Planned, SplitWish, plan_stages
 from modelforge.forge.stages import Stage, front_steps, make_step, metric_of
 from modelforge.forge.step import Source, Step
-from modelforge.forge.tiers import TierSetup, TierWish
+from modelforge.forge.tiers import TierSetup, TierWish, tier_problem
 from modelforge.graph.inspect import inspect_proto
+from modelforge.graph.split import BySupport, plan_split
+from modelforge.graph.split_graph import read_layers
 from modelforge.graph.split_plan import INPUT, CutTensor, SplitPlan, StagePlan, plan_from_facts
-from modelforge.graph.split_tiers import Link
+from modelforge.graph.split_tiers import Link, TierProblem
 from modelforge.graph.split_write import describe, stage_models
-from modelforge.recipe import SplitSection
+from modelforge.recipe import SplitSection, TargetSection
 from modelforge.samples import is_batched
-from modelforge.target import Registry
+from modelforge.target import Registry, Target
 
-_ANY_OUTPUT = {"metric": "sqnr", "max_drop": None, "min_reference": None, "min_agreement": 0.0, "min_sqnr_db": None}
+_ANY_OUTPUT = {"metric": "sqnr", "max_drop": None, "min_reference": None, "min_agreement": 0.0}
 """What a stage is judged by that does not give the model's outputs: a tensor inside has no label, and no decision."""
 
 
@@ -42,10 +46,18 @@ class Split:
     transport: str
     stages: tuple[Stage, ...]
     joined: Step
+    planned: Planned
+    problem: TierProblem | None = None
 
     def facts(self) -> dict[str, Any]:
         """The stage manifest, as the bundle carries it."""
         return {**describe(self.plan), "transport": self.transport}
+
+    def choices(self) -> dict[str, Any]:
+        """What the split was chosen among, for the report."""
+        if self.problem is not None:
+            return {"tiers": tier_choices(self.problem)}
+        return {"candidates": candidates(self.planned)}
 
 
 def split(intake: Intake, section: SplitSection, whole: Stage, registry: Registry) -> Split:
@@ -56,7 +68,8 @@ def split(intake: Intake, section: SplitSection, whole: Stage, registry: Registr
     """
     recipe = intake.recipe
     sizes = {symbol: dim.usual for symbol, dim in recipe.dims.items()}
-    planned = plan_stages(recipe.model, _wish(intake, section), registry, sizes=sizes, shapes=intake.inputs)
+    wish = _wish(intake, section)
+    planned = plan_stages(recipe.model, wish, registry, sizes=sizes, shapes=intake.inputs)
     plan = _named(planned.plan, section, recipe.where("split", "names"))
     if section.transport == "int8" and intake.calibration is None:
         raise RecipeError(
@@ -66,6 +79,46 @@ def split(intake: Intake, section: SplitSection, whole: Stage, registry: Registr
         )
     for tensor in (each for stage in plan.stages for each in stage.inputs):
         _check_crossing(intake, tensor)
+    problem = None if wish.tiers is None else tier_problem(planned.graph, wish.tiers, registry)
+    return _assembled(intake, whole, Planned(planned.graph, plan, planned.notes), section.transport, problem)
+
+
+def partition(intake: Intake, section: TargetSection, target: Target, whole: Stage) -> Split | None:
+    """Share a target's model out between its NPU and the CPU beside it; None where the NPU takes all of it.
+
+    Raises:
+        InputError: of any branch: nothing is left for the NPU, or a tensor cannot cross.
+    """
+    recipe = intake.recipe
+    where = recipe.where("target", recipe.targets.index(section), "partition")
+    sizes = {symbol: dim.usual for symbol, dim in recipe.dims.items()}
+    graph = read_layers(recipe.model, sizes, intake.inputs)
+    supports = npu_support(intake, section, target, graph)
+    way = BySupport(supports, names=(f"{target.tag}-npu", f"{target.tag}-cpu"), least_share=LEAST_SHARE)
+    plan = plan_split(graph, way, intake.inputs)
+    on_npu = [stage for stage in plan.stages if is_npu(stage.name)]
+    if not on_npu:
+        raise UnsupportedError(
+            f"no part of the model is worth handing to the NPU of {target.tag}: each that its compiler takes has less "
+            f"than {LEAST_SHARE:.0%} of the arithmetic",
+            where=where,
+            fix="take `partition` out and choose a CPU target",
+        )
+    if len(plan.stages) == 1:
+        return None
+    for tensor in (each for stage in plan.stages for each in stage.inputs):
+        _check_crossing(intake, tensor)
+    return _assembled(intake, whole, Planned(graph, plan, ()), "fp32", None)
+
+
+def is_npu(stage: str) -> bool:
+    """Whether a stage of a partition is the NPU's."""
+    return stage.endswith("-npu")
+
+
+def _assembled(intake: Intake, whole: Stage, planned: Planned, transport: str, problem: TierProblem | None) -> Split:
+    """The stages of a plan, and the steps that make and join them."""
+    recipe, plan = intake.recipe, planned.plan
     asked = {"model": recipe.model.name, "plan": plan.facts()}
     cut = make_step("split", "split the model", asked, {"model": intake.model})
     maker = _Maker(intake, plan, cut)
@@ -75,7 +128,7 @@ def split(intake: Intake, section: SplitSection, whole: Stage, registry: Registr
     needs |= {"samples": intake.samples, "reference": whole.reference}
     outputs = {"outputs": [[name, source] for name, source in plan.outputs]}
     joined = make_step("joined", "hold the chain of stages against the whole model", outputs, needs)
-    return Split(plan, section.transport, tuple(maker.stages.values()), joined)
+    return Split(plan, transport, tuple(maker.stages.values()), joined, planned, problem)
 
 
 def chosen_stages(split: Split | None, names: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
@@ -167,7 +220,8 @@ class _Maker:
         references = {name: each.reference for name, each in self.stages.items()}
         samples = _feed(stage, intake.samples, references, "evaluation data", labels=judged)
         prepare, reference = front_steps(intake, stage.name, self.cut, stage.file, inputs, samples)
-        metric = metric_of(intake) if judged else {"rules": _ANY_OUTPUT, "k": intake.accuracy.k, "output": None}
+        rules = {**_ANY_OUTPUT, "min_sqnr_db": intake.accuracy.min_sqnr_db}
+        metric = metric_of(intake) if judged else {"rules": rules, "k": intake.accuracy.k, "output": None}
         needs: dict[str, Source] = {"metric": intake.metric} if judged and intake.metric is not None else {}
         baseline = make_step(
             "baseline",

@@ -153,8 +153,9 @@ def _run_stage(stage: Mapping[str, Any], inputs: Path, outputs: Path, folder: Pa
 
     (folder / "run").mkdir()
     need = f"compiled-{name}"
+    parts = (f"lowered-{name}", need)
     job = RunJob(
-        files={title: context.folder(need) / title for title in context.files(need)},
+        files={title: context.folder(part) / title for part in parts for title in context.files(part)},
         artifact=context.facts(need)["artifact"],
         target=steps.target_of(stage, folder),
         inputs=inputs,

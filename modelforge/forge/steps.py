@@ -180,7 +180,9 @@ def verify(context: Context) -> Result:
         workdir.mkdir()
         compiled = context.facts("compiled")
         job = RunJob(
-            files={name: context.folder("compiled") / name for name in context.files("compiled")},
+            files={
+                name: context.folder(need) / name for need in ("lowered", "compiled") for name in context.files(need)
+            },
             artifact=compiled["artifact"],
             target=target_of(context.params, context.workdir),
             inputs=_subset(samples, params["samples"], context),

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir
 
 from modelforge.quantize.dialects.rules import WEIGHTED, Dialect
+from modelforge.quantize.islands import slower_in_int8
 from modelforge.quantize.ranges import RangeTable
 
 FLOAT = onnx_ir.DataType.FLOAT
@@ -91,6 +92,11 @@ class _Placer:
         self._find_mixed()
         for node in self.graph:
             self._choose(node)
+        for node, reason in slower_in_int8(
+            {node: fused_tail(node) for node in placement.weighted}, self.dialect
+        ).items():
+            placement.weighted.remove(node)
+            placement.left[str(node.name)] = f"{node.op_type}: {reason}"
         for node in placement.weighted:
             self._read(node, 0, node.inputs[0])
         for node in list(placement.others):
@@ -295,10 +301,7 @@ class _Placer:
         quantized = self.placement.quantized
         for value in self.graph.outputs:
             node = value.producer()
-            if node is None or not self._known(value):
-                continue
-            # A fused Relu or Clip is quantized with the node before it.
-            if node not in quantized and (node.inputs[0] is None or node.inputs[0].producer() not in quantized):
+            if node not in quantized or not self._known(value):
                 continue
             read = [like for (old, like), edges in self.placement.reads.items() if old is value and edges]
             own = carried.get((node, 0), value) if node.op_type in self.dialect.carriers else value

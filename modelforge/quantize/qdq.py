@@ -220,21 +220,21 @@ class _Emitter:
 
     def _pair(self, value: onnx_ir.Value, like: onnx_ir.Value, edges: list[tuple[onnx_ir.Node, int]]) -> None:
         """``value -> Q -> DQ ->`` the inputs given."""
-        base = str(value.name) if like is value else f"{value.name}/as/{like.name}"
-        output = self._dequantize(self._quantize(value, like, base), f"{base}/dequantized", f"{base}/DequantizeLinear")
+        base = _base(value, like)
+        output = self._dequantize(self._quantize(value, like), f"{base}/dequantized", f"{base}/DequantizeLinear")
         for node, index in edges:
             node.replace_input_with(index, output)
 
     def _output(self, value: onnx_ir.Value, like: onnx_ir.Value) -> None:
         """``value -> Q -> DQ ->`` the model's output of that name; its other readers share the Q."""
         name = str(value.name)
-        quantize = self._quantizes.get((value, like)) or self._quantize(value, like, name)
+        quantize = self._quantizes.get((value, like)) or self._quantize(value, like)
         value.name = f"{name}/float"
         output = self._dequantize(quantize, name, f"{name}/output/DequantizeLinear")
         self.graph.outputs[list(self.graph.outputs).index(value)] = output
 
-    def _quantize(self, value: onnx_ir.Value, like: onnx_ir.Value, base: str) -> onnx_ir.Node:
-        parameters = self._of(like)
+    def _quantize(self, value: onnx_ir.Value, like: onnx_ir.Value) -> onnx_ir.Node:
+        parameters, base = self._of(like), _base(value, like)
         self.tensors[str(value.name) if like is value else f"{value.name} (as {like.name})"] = parameters
         zero = np.array(parameters.zero_point, np.int8 if self.rules.signed else np.uint8)
         scale = self._initializer(np.array(parameters.scale, np.float32), f"{base}/scale")
@@ -341,6 +341,11 @@ class _Emitter:
         value = onnx_ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+def _base(value: onnx_ir.Value, like: onnx_ir.Value) -> str:
+    """What the tensors of a Q/DQ pair are named after."""
+    return str(value.name) if like is value else f"{value.name}/as/{like.name}"
 
 
 def _name(node: onnx_ir.Node, name: str, dtype: onnx_ir.DataType | None, like: onnx_ir.Value | None) -> onnx_ir.Value:

@@ -190,7 +190,7 @@ class Incoming:
         self._write(block, 0)
         self.size += len(block)
         with self._told():
-            self._flushing.wrote(len(block), self._streams)
+            self._flushing.wrote(len(block), self._streams[1:])
 
     def restart(self) -> None:
         """Begin at the beginning."""
@@ -202,12 +202,16 @@ class Incoming:
         self.size = 0
 
     def finish(self) -> bool:
-        """Whether all of it is here and right; then it is on the disk."""
+        """Whether all of it is here and right; then the targets are on the disk.
+
+        The store's own copy is not synced: half of a pull's time would go into that. After a power cut it may be short
+        (then the store does not have it) or wrong (then the next copy, which is hashed, finds out and fetches it anew).
+        """
         if self.size != self._blob.size or self._hashing.digest() != self._blob.digest:
             return False
         with self._told():
             self._flushing.close()
-            for stream in self._streams:
+            for stream in self._streams[1:]:
                 os.fsync(stream.fileno())
         return True
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from modelforge.report.axes import Frame, clamped, name_axis, position, round_ticks, value_axis
 from modelforge.report.documents import Bins, CurvePoint, TensorRange
 from modelforge.report.markup import Html, coordinate, element, number, percent, significant
 
 _HISTOGRAM = (256.0, 72.0)
-_CURVE = (360.0, 150.0)
-_MARGIN = {"left": 46.0, "right": 14.0, "top": 12.0, "bottom": 30.0}
+_CURVE = Frame(360.0, 150.0)
 MOST_BINS = 128
 MOST_POINTS = 200
 
@@ -23,8 +23,8 @@ def bar(share: float, kind: str, mark: float | None = None) -> Html:
     return element(
         "svg",
         element("rect", width=100, height=10, class_="track"),
-        element("rect", width=100 * _clamped(share), height=10, class_=kind),
-        None if mark is None else element("rect", x=100 * _clamped(mark) - 0.6, width=1.2, height=10, class_="limit"),
+        element("rect", width=100 * clamped(share), height=10, class_=kind),
+        None if mark is None else element("rect", x=100 * clamped(mark) - 0.6, width=1.2, height=10, class_="limit"),
         class_="bar",
         viewBox="0 0 100 10",
         preserveAspectRatio="none",
@@ -42,8 +42,8 @@ def skyline(bars: Sequence[tuple[float, bool, str]], label: str) -> Html:
             element("title", said),
             x=step * at,
             width=round(step - gap, 2),
-            y=100 * (1 - max(0.01, _clamped(share))),
-            height=100 * max(0.01, _clamped(share)),
+            y=100 * (1 - max(0.01, clamped(share))),
+            height=100 * max(0.01, clamped(share)),
             class_="higher" if higher else "lower",
         )
         for at, (share, higher, said) in enumerate(bars)
@@ -74,7 +74,7 @@ def histogram(tensor: TensorRange, bins: Bins) -> Html:
     width, height = _HISTOGRAM
     low, high = min(bins.low, tensor.low), max(bins.high, tensor.high)
     counts, outside = _merged(bins.counts, _outside(tensor, bins))
-    start, end = width * _position(bins.low, low, high), width * _position(bins.high, low, high)
+    start, end = width * position(bins.low, low, high), width * position(bins.high, low, high)
     step = (end - start) / len(counts)
     top = math.log1p(max(counts)) or 1.0
     tops = [height - (height - 4) * math.log1p(count) / top for count in counts]
@@ -85,7 +85,7 @@ def histogram(tensor: TensorRange, bins: Bins) -> Html:
         for kind, wanted in (("inside", False), ("outside", True))
         if (drawn := _outline([y if count and out is wanted else None for y, count, out in columns], edges))
     ]
-    left, right = width * _position(tensor.low, low, high), width * _position(tensor.high, low, high)
+    left, right = width * position(tensor.low, low, high), width * position(tensor.high, low, high)
     said = f"Histogram of {tensor.name}, clipped to {significant(tensor.low)} … {significant(tensor.high)}"
     return element(
         "svg",
@@ -113,36 +113,33 @@ def curve(
     if not known:
         return None
     values = [value for _, value in known] + ([limit] if limit is not None else [])
-    ticks = _round_ticks(min(0.0, *values) if name == "drop" else min(values), max(values))
-    low, high = ticks[0], ticks[-1]
+    ticks = round_ticks(min(0.0, *values) if name == "drop" else min(values), max(values))
     most = max(1, known[-1][0].excluded)
-    width, height = _CURVE
-    inner_width = width - _MARGIN["left"] - _MARGIN["right"]
-    inner_height = height - _MARGIN["top"] - _MARGIN["bottom"]
     places = [
-        (
-            _MARGIN["left"] + inner_width * math.log2(1 + point.excluded) / math.log2(1 + most),
-            _MARGIN["top"] + inner_height * (1 - _position(value, low, high)),
-        )
+        (_CURVE.x(math.log2(1 + point.excluded) / math.log2(1 + most)), _CURVE.y(value, ticks))
         for point, value in known
     ]
-    limit_y = None if limit is None else _MARGIN["top"] + inner_height * (1 - _position(limit, low, high))
+    limit_y = None if limit is None else _CURVE.y(limit, ticks)
     line = "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for x, y in places)
     ends = f"{_shown(known[0][1], unit)} with {known[0][0].excluded} to {_shown(known[-1][1], unit)}"
     return element(
         "svg",
-        _axes(ticks, unit),
+        value_axis(_CURVE, ticks, unit),
         None
         if limit_y is None
-        else element("line", x1=_MARGIN["left"], x2=width - _MARGIN["right"], y1=limit_y, y2=limit_y, class_="allowed"),
+        else element("line", x1=_CURVE.left, x2=_CURVE.right, y1=limit_y, y2=limit_y, class_="allowed"),
         element("path", d=Html(line), class_="line"),
         [
             _point(x, y, point, point.excluded == chosen, _shown(value, unit))
             for (x, y), (point, value) in zip(places, known, strict=True)
         ],
-        _ticks([(x, point.excluded) for (x, _), (point, _) in zip(places, known, strict=True)]),
+        name_axis(
+            _CURVE,
+            [(x, str(point.excluded)) for (x, _), (point, _) in zip(places, known, strict=True)],
+            "layers kept higher",
+        ),
         class_="curve",
-        viewBox=f"0 0 {coordinate(width)} {coordinate(height)}",
+        viewBox=f"0 0 {coordinate(_CURVE.width)} {coordinate(_CURVE.height)}",
         role="img",
         aria_label=f"{name} by layers kept higher: from {ends} with {known[-1][0].excluded}",
     )
@@ -157,41 +154,6 @@ def _point(x: float, y: float, point: CurvePoint, chosen: bool, shown: str) -> H
         element("circle", cx=x, cy=y, r=8, class_="ring") if chosen else None,
         element("path", d=cross, class_="cross") if failed else element("circle", cx=x, cy=y, r=4, class_="dot"),
     )
-
-
-def _axes(ticks: Sequence[float], unit: str) -> list[Html]:
-    width, height = _CURVE
-    left, right, bottom, top = _MARGIN["left"], width - _MARGIN["right"], height - _MARGIN["bottom"], _MARGIN["top"]
-    drawn = []
-    for value in ticks:
-        y = bottom - (bottom - top) * _position(value, ticks[0], ticks[-1])
-        drawn.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="grid-line"))
-        drawn.append(element("text", significant(value) + unit, x=left - 6, y=y + 3.5, text_anchor="end"))
-    return drawn
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    """Three to six round values, from at most ``low`` to at least ``high``."""
-    span = high - low
-    if not math.isfinite(span) or span <= max(abs(low), abs(high)) * 1e-9:
-        room = abs(high) * 0.05 or 1e-3
-        return [low - room, high + room] if math.isfinite(span) else [low, high]
-    rough = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(rough * factor for factor in (1, 2, 2.5, 5, 10, 20) if span / (rough * factor) <= 4.5)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [at * step for at in range(first, last + 1)]
-
-
-def _ticks(places: Sequence[tuple[float, int]]) -> list[Html]:
-    drawn = []
-    free = -math.inf
-    for x, excluded in places:
-        if x >= free:
-            drawn.append(element("text", excluded, x=x, y=_CURVE[1] - 15, text_anchor="middle"))
-            free = x + 8 + 7 * len(str(excluded))
-    middle = (_MARGIN["left"] + _CURVE[0] - _MARGIN["right"]) / 2
-    drawn.append(element("text", "layers kept higher", x=middle, y=_CURVE[1] - 2, text_anchor="middle"))
-    return drawn
 
 
 def _shown(value: float, unit: str) -> str:
@@ -211,12 +173,6 @@ def _merged(counts: Sequence[int], outside: Sequence[bool]) -> tuple[list[int], 
     return [sum(counts[at : at + group]) for at in starts], [all(outside[at : at + group]) for at in starts]
 
 
-def _position(value: float, low: float, high: float) -> float:
-    """Where a value lies between two others, 0 to 1. Halved first: the span of two doubles may be infinite."""
-    span = high / 2 - low / 2
-    return _clamped((value / 2 - low / 2) / span) if span > 0 else 0.5
-
-
 def _outline(tops: Sequence[float | None], edges: Sequence[float]) -> str:
     """One closed outline for each run of bins that are drawn: no seams between them."""
     drawn: list[str] = []
@@ -230,7 +186,3 @@ def _outline(tops: Sequence[float | None], edges: Sequence[float]) -> str:
             drawn.append(f"V{coordinate(_HISTOGRAM[1])}z")
         before = top
     return "".join(drawn)
-
-
-def _clamped(share: float) -> float:
-    return min(1.0, max(0.0, share))

@@ -18,6 +18,7 @@ from modelforge.bundle import checked, parts
 from modelforge.bundle.read import Bundle, FileEntry, Variant
 from modelforge.bundle.record import VariantRecord
 from modelforge.errors import InputError
+from modelforge.report.about import BundleFacts, read_about
 from modelforge.report.documents import (
     AccuracyDocument,
     BuildDocument,
@@ -27,6 +28,7 @@ from modelforge.report.documents import (
     RungFigures,
     SensitivityDocument,
 )
+from modelforge.report.timing import Timing, timing_of
 
 FILE_LIMIT = 32 << 20
 """Bytes that a report file may have: some 50,000 histograms."""
@@ -45,6 +47,7 @@ class VariantReport:
     Attributes:
         digest: of the variant's manifest.
         calibration_digest: of `calibration.json`: variants that share it were calibrated together.
+        timing: by batch size, measured and estimated, and the batch sizes recommended.
     """
 
     record: VariantRecord
@@ -55,6 +58,7 @@ class VariantReport:
     calibration_digest: str | None
     sensitivity: SensitivityDocument | None
     build: BuildDocument | None
+    timing: Timing
 
     @property
     def title(self) -> str:
@@ -135,21 +139,38 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report says of a bundle; ``about`` is JSON of any shape."""
+    """All that a report says of a bundle; ``about`` is JSON of any shape, ``facts`` the parts of it that were checked."""
 
     name: str
     version: str
     digest: str
     about: Mapping[str, Any]
+    facts: BundleFacts
     variants: tuple[VariantReport, ...]
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What the bundle says in a shape that this version does not know, each with its place."""
+        of_variants = [
+            f"{each.title}: {each.timing.left_out}" for each in self.variants if each.timing.left_out is not None
+        ]
+        return (*self.facts.left_out, *of_variants)
+
     def to_json(self) -> dict[str, Any]:
-        """JSON: each variant's record as `inspect --json` prints it, and its report files under ``reports``."""
+        """JSON: each variant's record as `inspect --json` prints it, its report files under ``reports``, and the batch
+        sizes recommended for it under ``batching``; ``split`` as the bundle says it, where the model was split.
+        """
+        split = self.about.get("split")
         return {
             "name": self.name,
             "version": self.version,
             "digest": self.digest,
-            "variants": [variant.record.to_json() | {"reports": _documents(variant)} for variant in self.variants],
+            **({} if split is None else {"split": split}),
+            "left_out": list(self.left_out),
+            "variants": [
+                variant.record.to_json() | {"batching": _batching(variant), "reports": _documents(variant)}
+                for variant in self.variants
+            ],
         }
 
 
@@ -160,11 +181,12 @@ def collect(bundle: Bundle) -> Report:
         IntegrityError: a file is not what its digest says, is no JSON, or is not of its shape.
         InputError: a file was written by a later ModelForge.
     """
-    variants = tuple(_collect(bundle, variant) for variant in bundle.variants)
-    return Report(bundle.name, bundle.version, bundle.digest, bundle.about, variants)
+    facts = read_about(bundle.about)
+    variants = tuple(_collect(bundle, variant, facts.budget_ms) for variant in bundle.variants)
+    return Report(bundle.name, bundle.version, bundle.digest, bundle.about, facts, variants)
 
 
-def _collect(bundle: Bundle, variant: Variant) -> VariantReport:
+def _collect(bundle: Bundle, variant: Variant, budget_ms: float | None) -> VariantReport:
     calibration = variant.files.get("calibration.json")
     return VariantReport(
         record=variant.record,
@@ -175,6 +197,7 @@ def _collect(bundle: Bundle, variant: Variant) -> VariantReport:
         calibration_digest=calibration.digest if calibration and calibration.role == _ROLE else None,
         sensitivity=_read(bundle, variant, "sensitivity.json", SensitivityDocument),
         build=_read(bundle, variant, "report.json", BuildDocument),
+        timing=timing_of(variant.record, budget_ms),
     )
 
 
@@ -233,6 +256,11 @@ def _documents(variant: VariantReport) -> dict[str, Any]:
         for name, document in found.items()
         if document is not None
     }
+
+
+def _batching(variant: VariantReport) -> dict[str, Any] | None:
+    batching = variant.timing.batching
+    return None if batching is None else batching.to_json()
 
 
 def _largest_errors(build: BuildDocument | None) -> dict[str, float]:

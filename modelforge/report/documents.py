@@ -1,5 +1,6 @@
 """The report files that a variant may carry, as they are read: `accuracy.json`, `calibration.json`,
-`sensitivity.json` and `report.json`. docs/guides/report.md describes them.
+`sensitivity.json` and `report.json` (docs/guides/report.md), and the open parts of a record and of `about`
+that a report draws: latency by batch, targets, the split (docs/bundle-format.md).
 
 Strict about types and finite numbers, tolerant of what is absent and of keys from a later version.
 """
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validat
 BINS_AT_MOST = 4096
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
+"""Bounded, as what is drawn is added up and divided: 1e12 ms are thirty years."""
 
 
 class _Part(BaseModel):
@@ -158,3 +161,170 @@ class BuildDocument(_Part):
     prepare: dict[str, Any] = {}
     lower: dict[str, Any] = {}
     compile: dict[str, Any] = {}
+
+
+# -- open parts of a record and of `about`: each is taken or left as a whole
+
+BatchSize = Annotated[int, Field(gt=0, le=2**31)]
+BatchKey = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,9}$")]
+
+
+class Estimate(_Part):
+    """What a model of the device says; ``by_batch`` as that of :class:`LatencyFigures`."""
+
+    by_batch: dict[BatchKey, Milliseconds] = {}
+    method: str | None = None
+
+
+class LatencyFigures(_Part):
+    """`latency` of a record: medians of one execution in milliseconds, by batch size (JSON's keys are text)."""
+
+    by_batch: dict[BatchKey, Milliseconds] | None = None
+    p50_ms: Milliseconds | None = None
+    batch: BatchSize | None = None
+    threads: BatchSize | None = None
+    estimate: Estimate | None = None
+
+
+class TargetFacts(_Part):
+    """One of `about.targets`: the profile that was built with, in words."""
+
+    title: str | None = None
+    tier: str | None = None
+
+
+class ServingFacts(_Part):
+    """`about.serving`: what the recipe says for schedulers."""
+
+    latency_budget_ms: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    fallback: tuple[str, ...] = ()
+
+
+class StageTensor(_Part):
+    """A tensor that a stage takes or gives; ``bytes`` at the sizes of the split; ``source`` is a stage, or `input`."""
+
+    name: str
+    dtype: str | None = None
+    shape: tuple[int | str | None, ...] | None = None
+    bytes: Count | None = None
+    source: str | None = Field(None, alias="from")
+
+
+class StageDocument(_Part):
+    """One of `split.stages`; ``seconds`` is an estimate."""
+
+    name: str
+    inputs: tuple[StageTensor, ...] = ()
+    outputs: tuple[StageTensor, ...] = ()
+    layers: Count | None = None
+    flops: Count | None = None
+    weight_bytes: Count | None = None
+    activation_bytes: Count | None = None
+    seconds: Annotated[float, Field(ge=0, le=1e9)] | None = None
+
+
+class OutputSource(_Part):
+    """One of `split.outputs`: an output of the model, and the stage that gives it."""
+
+    name: str
+    source: str | None = Field(None, alias="from")
+
+
+class Way(_Part):
+    """One of `split.transport`: how a tensor crosses; ``scale`` and ``zero_point`` of QuantizeLinear for `uint8`."""
+
+    dtype: str
+    scale: float | None = None
+    zero_point: int | None = None
+
+
+class ChainStage(_Part):
+    stage: str
+    target: str
+    evidence: str | None = None
+
+
+class ChainFigures(_Part):
+    """A chain against FP32, as the accuracy of a variant."""
+
+    metric: str | None = None
+    reference: float | None = None
+    value: float | None = None
+    drop: float | None = None
+    max_drop: float | None = None
+    sqnr_db: float | None = None
+    identical: bool = False
+    cosine: float | None = None
+    agreement: Fraction | None = None
+    samples: NonNegativeInt | None = None
+    gate: str | None = None
+
+
+class ChainDocument(_Part):
+    """One of `split.chains`: variants run one after the other, judged as the whole model, or why they were not."""
+
+    stages: tuple[ChainStage, ...] = ()
+    accuracy: ChainFigures | None = None
+    reason: str | None = None
+
+
+class TransportBytes(_Part):
+    """Bytes of what is sent, by how its floats are."""
+
+    fp32: Count
+    fp16: Count
+    int8: Count
+
+
+class Candidate(_Part):
+    """One of `split.candidates`: a place to cut; ``flops_before`` as a share of all."""
+
+    tensors: Annotated[tuple[str, ...], Field(min_length=1)]
+    flops_before: Fraction
+    bytes: TransportBytes
+
+
+class TierLink(_Part):
+    """From one tier to the next; ``bandwidth`` in bytes a second."""
+
+    source: str = Field(alias="from")
+    target: str = Field(alias="to")
+    latency_ms: Milliseconds
+    bandwidth: Annotated[float, Field(gt=0, le=1e18)]
+
+
+class TierCut(_Part):
+    """One way to place the layers, with its times; ``factor`` is what the bandwidths were multiplied by."""
+
+    kind: str
+    route: tuple[str, ...] = ()
+    crossing: dict[str, tuple[str, ...]] = {}
+    bytes: TransportBytes
+    tier_ms: dict[str, Milliseconds]
+    link_ms: dict[str, Milliseconds] = {}
+    total_ms: Milliseconds
+    fits: bool = True
+    factor: Annotated[float, Field(gt=0, le=1e12)] = 1.0
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """The tensors that cross any link, each once."""
+        return tuple(dict.fromkeys(name for names in self.crossing.values() for name in names))
+
+
+class TierChoices(_Part):
+    """`split.tiers`: the best ways over tiers and links, and how the best one depends on the bandwidth."""
+
+    estimate: bool = True
+    transport: Literal["fp32", "fp16", "int8"] = "fp32"
+    return_outputs: bool = True
+    links: Annotated[tuple[TierLink, ...], Field(min_length=1)]
+    cuts: tuple[TierCut, ...] = ()
+    sweep: tuple[TierCut, ...] = ()
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Names in the order of the links, which JSON's objects do not keep."""
+        linked = [name for link in self.links for name in (link.source, link.target)]
+        placed = [name for cut in (*self.cuts, *self.sweep) for name in cut.tier_ms]
+        return tuple(dict.fromkeys([*linked, *placed]))

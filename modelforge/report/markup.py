@@ -122,7 +122,26 @@ def decibels(value: float | None, *, identical: bool = False) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    return NONE if value is None else f"{number(value, 2)} ms"
+    """``8.24 ms``; what is less than one with three significant digits."""
+    if value is None:
+        return NONE
+    return f"{value:.3g} ms" if 0 < value < 1 else f"{number(value, 2)} ms"
+
+
+def rate(per_second: float | None, unit: str = "B") -> str:
+    """``10 MB/s``, in powers of 1000 as links are sold."""
+    if per_second is None or not math.isfinite(per_second):
+        return NONE
+    return f"{scaled(per_second, ' ')}{unit}/s"
+
+
+def scaled(value: float, space: str = "") -> str:
+    """Three significant digits with ``k``, ``M``, ``G`` or ``T``."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 999.5 or prefix == "T":
+            break
+        value /= 1000
+    return f"{value:.3g}{space}{prefix}"
 
 
 def bytes_text(size: float) -> str:

@@ -32,7 +32,11 @@ def test_digits_int8_for_four_chips(forge: Forge, digits: Path, tmp_path: Path) 
     variants = {each["target"]: each for each in done.json["variants"]}
     assert set(variants) == set(TAGS)
     for each in variants.values():
-        assert (each["status"], each["precision"], each["compiler"]) == ("compiled", "int8", "ascend")
+        assert (each["status"], each["precision"], each["compiler"]) == (
+            "compiled",
+            "int8",
+            "ascend",
+        )
         # The record says that no real CANN compiled this.
         assert each["toolchain"]["cann"] == "8.2.RC1-double"
         assert each["runtime"]["needs"]["cann"] == ">=8.2.RC1-double"
@@ -71,7 +75,14 @@ def test_without_any_atc_it_is_exit_4_or_deferred_and_finalized(forge: Forge, di
     assert variant["status"] == "deferred"
     assert variant["accuracy"]["gate"] == "passed"
     done = forge(
-        "finalize", deferred.json["path"], "--target", "ascend-310b4", "-o", "final", "--json", **with_atc(tmp_path)
+        "finalize",
+        deferred.json["path"],
+        "--target",
+        "ascend-310b4",
+        "-o",
+        "final",
+        "--json",
+        **with_atc(tmp_path),
     )
     assert done.code == 0, done.err
     (variant,) = forge("inspect", "final", "--json").json["variants"]
@@ -80,9 +91,15 @@ def test_without_any_atc_it_is_exit_4_or_deferred_and_finalized(forge: Forge, di
 
 
 def test_what_fails_on_one_chip_fails_that_variant_only(forge: Forge, digits: Path, tmp_path: Path) -> None:
-    edit_targets(digits, {"ascend-310p3": ["fp16"], "x86-64": ["fp32"]}, extra="required = false\n")
+    edit_targets(
+        digits,
+        {"ascend-310p3": ["fp16"], "x86-64": ["fp32"]},
+        extra="required = false\n",
+    )
     environment = with_atc(
-        tmp_path, code="EZ3003", message="No supported Ops kernel and engine are found for [conv], optype [Conv2D]."
+        tmp_path,
+        code="EZ3003",
+        message="No supported Ops kernel and engine are found for [conv], optype [Conv2D].",
     )
     done = forge("build", digits, "--json", **environment)
     assert done.code == 0, done.err
@@ -96,7 +113,14 @@ def test_what_fails_on_one_chip_fails_that_variant_only(forge: Forge, digits: Pa
 
 def test_quantize_writes_what_atc_reads(forge: Forge, digits: Path, tmp_path: Path) -> None:
     done = forge(
-        "quantize", digits / "model.onnx", "--data", digits / "calibration.npz", "--dialect", "ascend", "-o", "q.onnx"
+        "quantize",
+        digits / "model.onnx",
+        "--data",
+        digits / "calibration.npz",
+        "--dialect",
+        "ascend",
+        "-o",
+        "q.onnx",
     )
     assert done.code == 0, done.err
     types = {node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node}
@@ -115,7 +139,13 @@ def test_preprocessing_becomes_aipp(forge: Forge, digits: Path, tmp_path: Path) 
 
 
 def recipe_for(
-    folder: Path, model: str | Path, name: str, shape: list[Any], dims: str, samples: Any, precision: str
+    folder: Path,
+    model: str | Path,
+    name: str,
+    shape: list[Any],
+    dims: str,
+    samples: Any,
+    precision: str,
 ) -> Path:
     """A recipe that judges by SQNR alone, for models whose labels we do not have."""
     folder.mkdir()
@@ -140,7 +170,11 @@ def lines(count: int, height: int, width: int) -> Any:
     for image in page:
         for _ in range(height * width // 500):
             top, left = random.integers(0, height - 8), random.integers(0, width - 12)
-            image[:, top : top + random.integers(2, 8), left : left + random.integers(1, 12)] = -0.8
+            image[
+                :,
+                top : top + random.integers(2, 8),
+                left : left + random.integers(1, 12),
+            ] = -0.8
     return page + random.normal(0, 0.02, page.shape).astype(np.float32)
 
 
@@ -180,17 +214,47 @@ def test_real_models_for_four_chips(kind: str, precision: str, forge: Forge, tmp
         edit_targets(folder, {tag: [precision] for tag in TAGS})
     elif kind == "det":
         recipe_for(
-            folder, ocr + "ch_PP-OCRv4_det_infer.onnx", "x", [1, 3, 160, 160], "", lines(16, 160, 160), precision
+            folder,
+            ocr + "ch_PP-OCRv4_det_infer.onnx",
+            "x",
+            [1, 3, 160, 160],
+            "",
+            lines(16, 160, 160),
+            precision,
         )
     elif kind == "rec":
         model = ocr + "ch_PP-OCRv4_rec_infer.onnx"
-        recipe_for(folder, model, "x", ["batch", 3, 48, 320], BATCH, lines(16, 48, 320), precision)
+        recipe_for(
+            folder,
+            model,
+            "x",
+            ["batch", 3, 48, 320],
+            BATCH,
+            lines(16, 48, 320),
+            precision,
+        )
     elif kind == "resnet50":
         name, images = "gpu_0/data_0", lines(16, 224, 224)
-        recipe_for(folder, resnet(tmp_path / "resnet50.onnx"), name, [1, 3, 224, 224], "", images, precision)
+        recipe_for(
+            folder,
+            resnet(tmp_path / "resnet50.onnx"),
+            name,
+            [1, 3, 224, 224],
+            "",
+            images,
+            precision,
+        )
     else:
         images = (lines(16, 320, 320) + 1) / 2
-        recipe_for(folder, "package:nudenet/320n.onnx", "images", ["batch", 3, 320, 320], BATCH, images, precision)
+        recipe_for(
+            folder,
+            "package:nudenet/320n.onnx",
+            "images",
+            ["batch", 3, 320, 320],
+            BATCH,
+            images,
+            precision,
+        )
     done = forge("build", folder, "--json", "--jobs", "2", **with_atc(tmp_path))
     assert done.code == 0, done.err
     for each in done.json["variants"]:

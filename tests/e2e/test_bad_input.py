@@ -59,7 +59,13 @@ def test_truncated_model(forge: Forge, digits: Path) -> None:
 
 def test_missing_external_data(forge: Forge, digits: Path) -> None:
     model = onnx.load(digits / "model.onnx")
-    onnx.save(model, digits / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(
+        model,
+        digits / "model.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     (digits / "weights.bin").unlink()
     refused(forge, digits, 2, "weights.bin")
 
@@ -71,14 +77,26 @@ def test_missing_external_data(forge: Forge, digits: Path) -> None:
         ('tag = "x86-64"', 'tag = "x86_64"', "x86_64"),
         ('tag = "x86-64"', 'tag = "cortex-a67"', 'did you mean "cortex-a76"?'),
         ("[inputs.x]", "[inputs.images]", 'no input "images"'),
-        ('["batch", 1, 8, 8]', '["batch", 1, 9, 8]', "dimension 2 is 8 in the model, and 9 in the recipe"),
+        (
+            '["batch", 1, 8, 8]',
+            '["batch", 1, 9, 8]',
+            "dimension 2 is 8 in the model, and 9 in the recipe",
+        ),
         ('["batch", 1, 8, 8]', '["batch", 1, 8]', "4 dimensions"),
-        ("min = 1, opt = 4, max = 8", "min = 8, opt = 4, max = 1", "`min` <= `opt` <= `max`"),
+        (
+            "min = 1, opt = 4, max = 8",
+            "min = 8, opt = 4, max = 1",
+            "`min` <= `opt` <= `max`",
+        ),
         ('precision = ["fp32"]', 'precision = ["fp31"]', "fp32"),
         ('"evaluation.npz"', '"evalation.npz"', "evalation.npz"),
         ('metric   = "top1"', 'metric   = "tpo1"', 'did you mean "top1"?'),
         ("schema  = 1", "schema  = 2", "schema"),
-        ('["cortex-a76", "t4", "a100"]', '["cortex-a76", "t4", "a10"]', 'there is no target "a10"'),
+        (
+            '["cortex-a76", "t4", "a100"]',
+            '["cortex-a76", "t4", "a10"]',
+            'there is no target "a10"',
+        ),
     ],
 )
 def test_recipe_faults(forge: Forge, digits: Path, edit: Edit, old: str, new: str, said: str) -> None:
@@ -92,13 +110,20 @@ def test_recipe_faults(forge: Forge, digits: Path, edit: Edit, old: str, new: st
     [
         (lambda x: x.astype(np.float64), "float64, the model wants float32"),
         (lambda x: x[:, :, :7], "[samples, 1, 8, 8]"),
-        (lambda x: np.where(np.arange(len(x))[:, None, None, None] == 57, np.nan, x).astype(np.float32), "sample 57"),
+        (
+            lambda x: np.where(np.arange(len(x))[:, None, None, None] == 57, np.nan, x).astype(np.float32),
+            "sample 57",
+        ),
         (lambda x: x[:0], "no samples"),
     ],
     ids=["dtype", "shape", "nan", "empty"],
 )
 def test_data_faults(
-    forge: Forge, digits: Path, section: str, spoil: Callable[[np.ndarray], np.ndarray], said: str
+    forge: Forge,
+    digits: Path,
+    section: str,
+    spoil: Callable[[np.ndarray], np.ndarray],
+    said: str,
 ) -> None:
     name = {"accuracy": "evaluation.npz", "calibration": "calibration.npz"}[section]
     arrays = dict(np.load(digits / name))
@@ -155,7 +180,11 @@ def test_missing_toolchain(forge: Forge, digits: Path) -> None:
     done = forge("build", digits, "--allow-deferred", "--json", PYTHONPATH=str(hidden))
     assert done.code == 0, done.err
     record = done.json["variants"][0]
-    assert (record["status"], record["artifact"], record["precision"]) == ("deferred", None, "fp16")
+    assert (record["status"], record["artifact"], record["precision"]) == (
+        "deferred",
+        None,
+        "fp16",
+    )
     assert record["accuracy"]["evidence"] == "reference"
     files = {each["file"] for each in forge("inspect", "dist/digits-1.0.0", "--target", "t4", "--json").json["files"]}
     assert {"model.onnx", "golden-inputs.npz", "golden-outputs.npz"} <= files
@@ -207,7 +236,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")

@@ -41,7 +41,12 @@ def test_four_variants_compiled_and_measured(built: Forge) -> None:
     records = {record["target"]: record for record in summary["variants"]}
     assert set(records) == {"t4", "a100", "cortex-a76", "x86-64"}
     arm = get_compiler("tvm").runner(Registry().get("cortex-a76")) or "reference"
-    evidence = {"t4": "reference", "a100": "reference", "cortex-a76": arm, "x86-64": "device"}
+    evidence = {
+        "t4": "reference",
+        "a100": "reference",
+        "cortex-a76": arm,
+        "x86-64": "device",
+    }
     for tag, record in records.items():
         assert set(record) == RECORD_KEYS
         assert record["status"] == "compiled"
@@ -64,7 +69,11 @@ def test_four_variants_compiled_and_measured(built: Forge) -> None:
 
 def test_no_path_of_this_machine_in_the_bundle(built: Forge) -> None:
     """Engines and libraries included: nothing says where it was built."""
-    needles = [str(built.cwd).encode(), str(Path.home()).encode() + b"/", str(ROOT).encode()]
+    needles = [
+        str(built.cwd).encode(),
+        str(Path.home()).encode() + b"/",
+        str(ROOT).encode(),
+    ]
     for blob in (built.cwd / "dist/digits-1.0.0").rglob("*"):
         if blob.is_file():
             data = blob.read_bytes()
@@ -154,7 +163,10 @@ def test_verify_finds_a_flipped_byte(built: Forge, tmp_path: Path) -> None:
 
 def test_a_damaged_cache_is_told_and_mended(forge: Forge, digits: Path) -> None:
     assert forge("build", digits).code == 0
-    blob = max((forge.home / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+    blob = max(
+        (forge.home / "blobs" / "sha256").iterdir(),
+        key=lambda path: path.stat().st_size,
+    )
     blob.chmod(0o644)
     blob.write_bytes(b"x" * blob.stat().st_size)
     done = forge("cache", "verify")
@@ -218,13 +230,23 @@ def test_ladder_falls_past_a_rung_that_cannot_be_had(forge: Forge, digits: Path)
     edit_targets(digits, {"cortex-a76": ["int8", "fp32"]}, 'compiler = "tvm"')
     record = forge("build", digits, "--json").json["variants"][0]
     assert record["precision"] == "fp32"
-    assert [(rung["precision"], rung["gate"]) for rung in record["ladder"]] == [("int8", "none"), ("fp32", "passed")]
+    assert [(rung["precision"], rung["gate"]) for rung in record["ladder"]] == [
+        ("int8", "none"),
+        ("fp32", "passed"),
+    ]
     assert "not built" in record["ladder"][0]["reason"]
 
 
 @pytest.mark.parametrize(
     "command",
-    [["targets"], ["targets", "t4"], ["doctor"], ["cache", "ls"], ["cache", "verify"], ["cache", "prune"]],
+    [
+        ["targets"],
+        ["targets", "t4"],
+        ["doctor"],
+        ["cache", "ls"],
+        ["cache", "verify"],
+        ["cache", "prune"],
+    ],
     ids=" ".join,
 )
 def test_every_command_speaks_json(built: Forge, command: list[str]) -> None:
@@ -237,7 +259,10 @@ def test_every_command_speaks_json(built: Forge, command: list[str]) -> None:
         json.loads(plain.out)
 
 
-@pytest.mark.parametrize("command", ["init", "plan", "build", "inspect", "verify", "targets", "doctor", "cache"])
+@pytest.mark.parametrize(
+    "command",
+    ["init", "plan", "build", "inspect", "verify", "targets", "doctor", "cache"],
+)
 def test_every_command_helps_with_an_example(forge: Forge, command: str) -> None:
     done = forge(command, "--help")
     assert done.code == 0
@@ -276,7 +301,11 @@ def test_two_builds_at_once_share_the_work(forge: Forge, digits: Path) -> None:
     argv = forge.argv("build", digits)
     both = [
         subprocess.Popen(
-            [*argv, "-o", str(forge.cwd / out)], env=forge.env(), stderr=subprocess.PIPE, text=True, cwd=forge.cwd
+            [*argv, "-o", str(forge.cwd / out)],
+            env=forge.env(),
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=forge.cwd,
         )
         for out in ("one", "two")
     ]

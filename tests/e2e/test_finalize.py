@@ -45,7 +45,10 @@ def deferred(tmp_path_factory: pytest.TempPathFactory) -> Forge:
     assert (refused.code, "cortex-a76" in refused.err) == (4, True), refused.err
     done = forge("build", "digits", "--allow-deferred", "--json", **env)
     assert done.code == 0, done.err
-    assert [record["status"] for record in done.json["variants"]] == ["deferred", "compiled"]
+    assert [record["status"] for record in done.json["variants"]] == [
+        "deferred",
+        "compiled",
+    ]
     return forge
 
 
@@ -63,7 +66,11 @@ def test_finalize_compiles_checks_and_packages(deferred: Forge) -> None:
     assert done.code == 0, done.err
     assert Path(done.json["path"]).name == "digits-1.0.0-cortex-a76"
     (record,) = done.json["variants"]
-    assert (record["target"], record["status"], record["precision"]) == ("cortex-a76", "compiled", "fp16")
+    assert (record["target"], record["status"], record["precision"]) == (
+        "cortex-a76",
+        "compiled",
+        "fp16",
+    )
     assert record["artifact"]["size"] > 1000
     accuracy = record["accuracy"]
     assert accuracy["evidence"] == (get_compiler("tvm").runner(Registry().get("cortex-a76")) or "reference")
@@ -82,7 +89,15 @@ def test_finalize_compiles_checks_and_packages(deferred: Forge) -> None:
 
 
 def test_finalize_without_the_toolchain(deferred: Forge, tmp_path: Path) -> None:
-    done = deferred("finalize", BUNDLE, "--target", "cortex-a76", "-o", tmp_path / "out", **hide(tmp_path / "h", "tvm"))
+    done = deferred(
+        "finalize",
+        BUNDLE,
+        "--target",
+        "cortex-a76",
+        "-o",
+        tmp_path / "out",
+        **hide(tmp_path / "h", "tvm"),
+    )
     assert done.code == 4
     assert "TVM" in done.err
     assert "target cortex-a76" in done.err
@@ -91,7 +106,10 @@ def test_finalize_without_the_toolchain(deferred: Forge, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("tag", "code", "words"),
-    [("x86-64", 2, "compiled, not deferred"), ("cortex-a72", 2, "no variant for the target")],
+    [
+        ("x86-64", 2, "compiled, not deferred"),
+        ("cortex-a72", 2, "no variant for the target"),
+    ],
 )
 def test_nothing_to_finalize(deferred: Forge, tag: str, code: int, words: str) -> None:
     done = deferred("finalize", BUNDLE, "--target", tag)
@@ -115,7 +133,12 @@ def test_a_damaged_bundle_is_not_compiled(deferred: Forge, tmp_path: Path) -> No
 
 def test_golden_samples_that_fail_are_told(deferred: Forge, tmp_path: Path) -> None:
     """Another model under the same job: each rung compiles, and none gives the golden outputs."""
-    from modelforge.bundle.layout import BundleContent, BundleFile, VariantContent, write_bundle
+    from modelforge.bundle.layout import (
+        BundleContent,
+        BundleFile,
+        VariantContent,
+        write_bundle,
+    )
     from modelforge.bundle.read import export_files, open_bundle
 
     bundle = open_bundle(deferred.cwd / BUNDLE)
@@ -131,9 +154,21 @@ def test_golden_samples_that_fail_are_told(deferred: Forge, tmp_path: Path) -> N
         BundleFile(title, variant.files[title].role, variant.files[title].media_type, path)
         for title, path in files.items()
     ]
-    content = BundleContent(bundle.name, bundle.version, bundle.about, [VariantContent(variant.record, entries)])
+    content = BundleContent(
+        bundle.name,
+        bundle.version,
+        bundle.about,
+        [VariantContent(variant.record, entries)],
+    )
     write_bundle(tmp_path / "bundle", content)
-    done = deferred("finalize", tmp_path / "bundle", "--target", "cortex-a76", "-o", tmp_path / "out")
+    done = deferred(
+        "finalize",
+        tmp_path / "bundle",
+        "--target",
+        "cortex-a76",
+        "-o",
+        tmp_path / "out",
+    )
     if get_compiler("tvm").runner(Registry().get("cortex-a76")) is None:
         pytest.skip("needs qemu-aarch64: without it the artifact is not run")
     assert done.code == 3, done.err

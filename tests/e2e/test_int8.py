@@ -117,14 +117,21 @@ def test_int8_without_calibration_is_refused(int8_forge: Forge, digits: Path) ->
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda x: np.random.RandomState(0).randn(*x.shape).astype(np.float32), ["random"]),
+        (
+            lambda x: np.random.RandomState(0).randn(*x.shape).astype(np.float32),
+            ["random"],
+        ),
         (np.zeros_like, ["few", "constant"]),
         (lambda x: x[:3], ["few"]),
     ],
     ids=["random", "constant", "few"],
 )
 def test_data_that_is_no_calibration_data(
-    int8_forge: Forge, digits: Path, edit: Edit, spoil: Callable[[np.ndarray], np.ndarray], words: list[str]
+    int8_forge: Forge,
+    digits: Path,
+    edit: Edit,
+    spoil: Callable[[np.ndarray], np.ndarray],
+    words: list[str],
 ) -> None:
     """Refused with the word that would allow it; each fault must be allowed by its own."""
     edit_targets(digits, {"x86-64": ["int8", "fp32"]})
@@ -134,7 +141,10 @@ def test_data_that_is_no_calibration_data(
         done = int8_forge("build", digits)
         assert done.code == 2, done.err
         assert f'allow = ["{words[count]}"]' in done.err
-        edit(f"allow = {json.dumps(words[:count])}", f"allow = {json.dumps(words[: count + 1])}")
+        edit(
+            f"allow = {json.dumps(words[:count])}",
+            f"allow = {json.dumps(words[: count + 1])}",
+        )
     done = int8_forge("plan", digits)
     assert done.code == 0, done.err
 
@@ -154,9 +164,28 @@ def test_quantize_and_calibrate_alone(int8_forge: Forge, digits: Path) -> None:
     data = digits / "calibration.npz"
     done = int8_forge("calibrate", model, "--data", data, "-o", "ranges.json")
     assert done.code == 0, done.err
-    one = int8_forge("quantize", model, "--data", data, "--dialect", "tensorrt", "-o", "a.onnx", "--json")
+    one = int8_forge(
+        "quantize",
+        model,
+        "--data",
+        data,
+        "--dialect",
+        "tensorrt",
+        "-o",
+        "a.onnx",
+        "--json",
+    )
     assert one.code == 0, one.err
-    two = int8_forge("quantize", model, "--ranges", "ranges.json", "--dialect", "tensorrt", "-o", "b.onnx")
+    two = int8_forge(
+        "quantize",
+        model,
+        "--ranges",
+        "ranges.json",
+        "--dialect",
+        "tensorrt",
+        "-o",
+        "b.onnx",
+    )
     assert two.code == 0, two.err
     assert (int8_forge.cwd / "a.onnx").read_bytes() == (int8_forge.cwd / "b.onnx").read_bytes()
     assert one.json["quantize"]["quantized"]
@@ -179,11 +208,31 @@ def test_quantize_refuses_what_is_wrong(int8_forge: Forge, digits: Path) -> None
     done = int8_forge("quantize", model, "--data", data, "--dialect", "tensort", "-o", "a.onnx")
     assert done.code == 2
     assert 'did you mean "tensorrt"?' in done.err
-    done = int8_forge("quantize", model, "--data", data, "--dialect", "tvm", "-o", "a.onnx", "--exclude", "nothing")
+    done = int8_forge(
+        "quantize",
+        model,
+        "--data",
+        data,
+        "--dialect",
+        "tvm",
+        "-o",
+        "a.onnx",
+        "--exclude",
+        "nothing",
+    )
     assert done.code == 2
     assert "nothing" in done.err
     (int8_forge.cwd / "garbage.json").write_text("{}")
-    done = int8_forge("quantize", model, "--ranges", "garbage.json", "--dialect", "tvm", "-o", "a.onnx")
+    done = int8_forge(
+        "quantize",
+        model,
+        "--ranges",
+        "garbage.json",
+        "--dialect",
+        "tvm",
+        "-o",
+        "a.onnx",
+    )
     assert done.code == 2
     assert "garbage.json" in done.err or "ranges" in done.err
     assert not (int8_forge.cwd / "a.onnx").exists()

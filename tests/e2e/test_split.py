@@ -48,13 +48,19 @@ def test_each_stage_has_its_variant(built: tuple[Forge, dict[str, Any]]) -> None
     records = {(record["stage"], record["target"]): record for record in built[1]["variants"]}
     assert set(records) == {("head", "cortex-a76"), ("tail", "x86-64")}
     head, tail = records["head", "cortex-a76"], records["tail", "x86-64"]
-    assert (head["status"], tail["status"], tail["precision"]) == ("compiled", "compiled", "int8")
+    assert (head["status"], tail["status"], tail["precision"]) == (
+        "compiled",
+        "compiled",
+        "int8",
+    )
     assert head["accuracy"]["metric"] == "sqnr"  # a tensor inside the model has no labels
     assert tail["accuracy"]["metric"] == "top1"
     assert tail["accuracy"]["value"] >= 0.97
 
 
-def test_the_manifest_says_how_tensors_cross(built: tuple[Forge, dict[str, Any]]) -> None:
+def test_the_manifest_says_how_tensors_cross(
+    built: tuple[Forge, dict[str, Any]],
+) -> None:
     split = built[1]["split"]
     head, tail = split["stages"]
     assert (head["name"], tail["name"]) == ("head", "tail")
@@ -68,7 +74,9 @@ def test_the_manifest_says_how_tensors_cross(built: tuple[Forge, dict[str, Any]]
         assert 0 <= way["zero_point"] <= 255
 
 
-def test_the_chain_is_judged_as_the_whole_model(built: tuple[Forge, dict[str, Any]]) -> None:
+def test_the_chain_is_judged_as_the_whole_model(
+    built: tuple[Forge, dict[str, Any]],
+) -> None:
     (chain,) = built[1]["split"]["chains"]
     arm = get_compiler("tvm").runner(Registry().get("cortex-a76")) or "reference"
     assert chain["stages"] == [
@@ -155,7 +163,11 @@ def test_stages_need_a_split(tmp_path: Path) -> None:
 def test_int8_transport_needs_calibration_data(tmp_path: Path) -> None:
     forge = Forge(tmp_path / "home", tmp_path)
     targets = TARGETS.replace('"int8", ', "")
-    folder = recipe_with(tmp_path / "digits", 'stages = 2\nnames = ["head", "tail"]\ntransport = "int8"', targets)
+    folder = recipe_with(
+        tmp_path / "digits",
+        'stages = 2\nnames = ["head", "tail"]\ntransport = "int8"',
+        targets,
+    )
     text = (folder / "recipe.toml").read_text()
     begin, end = text.index("[calibration]"), text.index("[accuracy]")
     (folder / "recipe.toml").write_text(text[:begin] + text[end:])

@@ -6,6 +6,7 @@ docker-registry does neither: it throws a broken upload away, and answers 404 fo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Keeper:
         self.stub = stub
         self.uploads: dict[str, bytearray] = {}
         self.received = 0
+        self._numbers = itertools.count()
         self.cut: Callable[[int], int | None] = lambda _: None
         self.refuse: Callable[[Handler], bool] = lambda _: False
         self.mountable: dict[str, bytes] = {}
@@ -54,7 +56,7 @@ class Keeper:
             self.stub.blobs[mounted] = self.mountable[mounted]
             handler.answer(201)
             return
-        name = f"u{len(self.uploads)}"
+        name = f"u{next(self._numbers)}"
         self.uploads[name] = bytearray()
         handler.answer(202, headers={"Location": f"/v2/a/b/blobs/uploads/{name}?state=0"})
 

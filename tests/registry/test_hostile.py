@@ -81,7 +81,7 @@ def test_the_stub_is_a_registry(tmp_path: Path, stub: Stub, bundle: Bundle, stor
 def test_tampered_blob(refused: Callable[..., Any], stub: Stub, engine: str, store: Store) -> None:
     stub.blobs[engine] = b"x" + stub.blobs[engine][1:]
     refused("not what its digest says")
-    assert not list((store.home / "ingest").iterdir())
+    assert not (store.home / "ingest" / f"{engine[7:]}.part").exists()
 
 
 def test_truncated_blob_with_a_consistent_length(refused: Callable[..., Any], stub: Stub, engine: str) -> None:
@@ -225,6 +225,13 @@ def test_a_manifest_said_to_be_huge(refused: Callable[..., Any], stub: Stub, bun
 def test_a_record_said_to_be_huge(refused: Callable[..., Any], stub: Stub, bundle: Bundle) -> None:
     _spoil_manifest(stub, bundle, lambda manifest: manifest["config"].update(size=1 << 40))
     refused("at most 4194304")
+
+
+def test_documents_that_are_too_much_together(
+    refused: Callable[..., Any], stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelforge.registry.pull._DOCUMENTS_LIMIT", 1000)
+    refused("more than 1000 bytes of manifests and records")
 
 
 def test_no_room_for_what_it_announces(refused: Callable[..., Any], stub: Stub, bundle: Bundle) -> None:

@@ -1,7 +1,7 @@
 """Speaks for RKNN-Toolkit2 in its own environment: one file, the standard library and the vendor's modules.
 
-``python -s -P worker.py REQUEST.json ANSWER.json``. Actions: ``build`` writes a .rknn file; ``simulate`` builds it
-again, holds it against the one that ships, and runs it in the toolkit's PC simulator.
+``python -s -P worker.py REQUEST.json ANSWER.json``. A request says what to build, and what then: ``export`` the .rknn
+file, or ``simulate``: hold it against the one that ships, and run it in the toolkit's PC simulator.
 """
 
 import ctypes
@@ -9,24 +9,29 @@ import importlib.machinery
 import json
 import os
 import re
+import shutil
 import struct
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
+
+Request = dict[str, Any]
 
 _INSIDE = "MODELFORGE_RKNN_WORKER"
+_BUILD, _THEN, _FILE = "build.json", "then.json", "main.rknn"
+_PATH_LENGTH = 240
 _ADDRESSES = (1 << 40, 1 << 47)
 _UNEXPLAINED = 64
 """How many bytes may differ beside whole addresses: halves of them, in padding that the toolkit does not clear."""
 
 
-def main(request_file, answer_file):
+def main(request_file: str, answer_file: str) -> None:
     if _INSIDE not in os.environ:
         _begin_anew(request_file, answer_file)
-    with open(request_file, encoding="utf-8") as stream:
-        request = json.load(stream)
     sys.meta_path.insert(0, _NoTorch())
     try:
-        answer = {"result": {"build": build, "simulate": simulate}[request["action"]](request)}
+        answer: dict[str, Any] = {"result": work()}
     except _Told as error:
         answer = {"error": error.answer}
     except Exception as error:  # the toolkit raises anything, and what it raises holds its own traceback as text
@@ -40,75 +45,76 @@ def main(request_file, answer_file):
     os._exit(0)
 
 
-def build(request):
-    toolkit = _built(request)
-    if toolkit.export_rknn(request["artifact"]) != 0 or not os.path.isfile(request["artifact"]):
+def work() -> dict[str, Any]:
+    """Build and export; only then look at what is to be done with it, so that every build goes the same way."""
+    toolkit = _built(_read(_BUILD))
+    if toolkit.export_rknn(_FILE) != 0 or not os.path.isfile(_FILE):
         raise _Told("BuildError", "the toolkit wrote no .rknn file")
-    return {"artifact": request["artifact"]}
+    then = _read(_THEN)
+    if then["action"] == "simulate":
+        return simulate(toolkit, then)
+    os.replace(_FILE, then["artifact"])
+    return {}
 
 
-def simulate(request):
-    """Outputs of the samples, one array a model output, samples along the first axis."""
+def simulate(toolkit: Any, request: Request) -> dict[str, Any]:
+    """Write the outputs of the samples: one array a model output, samples along the first axis."""
     import numpy as np
 
-    toolkit = _built(request)
-    again = "again.rknn"
-    if toolkit.export_rknn(again) != 0:
-        raise _Told("BuildError", "the toolkit wrote no .rknn file")
-    differs = _compare(request["artifact"], again)
+    differs = _compare(request["artifact"], _FILE)
     if toolkit.init_runtime() != 0:
         raise _Told("BuildError", "the toolkit's simulator does not start")
     with np.load(request["samples"], allow_pickle=False) as archive:
         arrays = [archive[entry["name"]] for entry in request["inputs"]]
-    formats = ["nhwc" if entry["pixels"] else "nchw" for entry in request["inputs"]]
-    outputs = [[] for _ in request["outputs"]]
+    outputs: list[list[Any]] = [[] for _ in request["outputs"]]
     off_grid = 0.0
     for start in range(0, len(arrays[0]), request["batch"]):
-        fed = []
-        for entry, array in zip(request["inputs"], arrays):
-            rows = array[start : start + request["batch"]]
-            if not entry["batched"]:
-                rows = rows[0]
-            elif len(rows) < request["batch"]:  # the last ones: filled up with the last sample
-                rows = np.concatenate([rows, np.repeat(rows[-1:], request["batch"] - len(rows), axis=0)])
-            if entry["pixels"]:
-                rows, distance = _pixels(rows, entry["pixels"])
-                off_grid = max(off_grid, distance)
-            fed.append(np.ascontiguousarray(rows))
-        given = toolkit.inference(inputs=fed, data_format=formats)
+        rows = [array[start : start + request["batch"]] for array in arrays]
+        fed = [_fed(entry, each, request["batch"]) for entry, each in zip(request["inputs"], rows, strict=True)]
+        off_grid = max(off_grid, *(distance for _, distance in fed))
+        formats = ["nhwc" if entry["pixels"] else "nchw" for entry in request["inputs"]]
+        given = toolkit.inference(inputs=[array for array, _ in fed], data_format=formats)
         if given is None or len(given) != len(outputs):
             raise _Told("BuildError", "the toolkit's simulator gave no outputs")
-        count = min(request["batch"], len(arrays[0]) - start)
-        for place, (array, entry) in enumerate(zip(given, request["outputs"])):
-            outputs[place].append(array[:count] if entry["batched"] else array[None])
-    found = {entry["name"]: np.concatenate(rows) for entry, rows in zip(request["outputs"], outputs)}
+        for place, entry in enumerate(request["outputs"]):
+            outputs[place].append(given[place][: len(rows[0])] if entry["batched"] else given[place][None])
+    found: dict[str, Any] = {
+        entry["name"]: np.concatenate(each) for entry, each in zip(request["outputs"], outputs, strict=True)
+    }
     with open(request["result"], "wb") as stream:
         np.savez(stream, **found)
     return {"differs": differs, "off_grid": off_grid}
 
 
-def _built(request):
-    """The toolkit, with the model of a request built in it."""
-    from rknn.api import RKNN
+def _fed(entry: Request, rows: Any, batch: int) -> tuple[Any, float]:
+    """Samples as the file takes them: filled up to the batch with the last one, and raw pixels where it wants those."""
+    import numpy as np
 
-    # Relative names: a path of another length would move everything on the heap, and addresses get into the file.
-    model = os.path.join("lowered", os.path.basename(request["model"]))
-    if not os.path.lexists("lowered"):
-        os.symlink(os.path.dirname(request["model"]), "lowered")
+    if not entry["batched"]:
+        rows = rows[0]
+    elif len(rows) < batch:
+        rows = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
+    return _pixels(rows, entry["pixels"]) if entry["pixels"] else (np.ascontiguousarray(rows), 0.0)
+
+
+def _built(request: Request) -> Any:
+    """The toolkit, with the model of a request built in it."""
+    from rknn.api import RKNN  # type: ignore[import-not-found]  # of the environment that this file runs in
+
     toolkit = RKNN(verbose=True)
     if toolkit.config(target_platform=request["platform"], **request["config"]) not in (0, None):
         raise _Told("BuildError", "the toolkit refuses its configuration")
     names = [entry["name"] for entry in request["inputs"]]
     shapes = [entry["shape"] for entry in request["inputs"]]
     # Failures come both as exceptions and as return codes.
-    if toolkit.load_onnx(model=model, inputs=names, input_size_list=shapes) != 0:
+    if toolkit.load_onnx(model=request["model"], inputs=names, input_size_list=shapes) != 0:
         raise _Told("UnsupportedError", "the toolkit cannot load the model")
     if toolkit.build(do_quantization=False) != 0:
         raise _Told("UnsupportedError", "the toolkit cannot build the model")
     return toolkit
 
 
-def _pixels(rows, how):
+def _pixels(rows: Any, how: Request) -> tuple[Any, float]:
     """What the model's input was before its mean and deviation: uint8, NHWC. And how far that was from whole pixels."""
     import numpy as np
 
@@ -118,7 +124,7 @@ def _pixels(rows, how):
     return whole.astype(np.uint8).transpose(0, 2, 3, 1), float(np.abs(raw - whole).max())
 
 
-def _compare(shipped, again):
+def _compare(shipped: str, again: str) -> int:
     """How many bytes of two .rknn files differ; only addresses may, which the toolkit leaves in them.
 
     Raises if anything else does: then what would be simulated is not what ships.
@@ -144,36 +150,65 @@ def _compare(shipped, again):
     return len(differ)
 
 
-def _is_address(both, start):
+def _is_address(both: tuple[bytes, bytes], start: int) -> bool:
     if start + 8 > len(both[0]):
         return False
     return all(_ADDRESSES[0] <= struct.unpack_from("<Q", data, start)[0] < _ADDRESSES[1] for data in both)
 
 
-def _begin_anew(request_file, answer_file):
-    """Run this file again with names and an environment that are the same wherever it was started.
+def _begin_anew(request_file: str, answer_file: str) -> None:
+    """Run this file again in a folder and an environment of fixed length.
 
-    Both lie on the stack and shift the heap, so that their lengths would show in the .rknn file.
+    Both lie on the stack or on the heap, and the addresses that the toolkit leaves in a .rknn file move with them.
     """
-    for file, name in ((request_file, "request.json"), (answer_file, "answer.json")):
-        if os.path.realpath(file) != os.path.realpath(name):
-            raise SystemExit("the worker is run in the folder of its request and answer")
+    files = [os.path.abspath(file) for file in (request_file, answer_file)]
+    request = _read(files[0])
+    os.chdir(_folder(os.path.dirname(files[0])))
+    for name in (_BUILD, _THEN):
+        with open(name, "w", encoding="utf-8") as stream:
+            json.dump(request[name.partition(".")[0]], stream, sort_keys=True)
+    for path in request["files"]:
+        _put(path, os.path.basename(path))
     kept = {name: os.environ[name] for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS") if name in os.environ}
     fixed = {_INSIDE: "1", "PATH": "/usr/bin:/bin", "HOME": ".", "TMPDIR": ".", "PYTHONDONTWRITEBYTECODE": "1"}
-    argv = [sys.executable, "-s", "-P", os.path.abspath(__file__), "request.json", "answer.json"]
+    places = [os.path.relpath(file) for file in files]
     sys.stdout.flush()
-    os.execve(sys.executable, argv, {**fixed, **kept})
+    os.execve(sys.executable, [sys.executable, "-s", "-P", os.path.abspath(__file__), *places], {**fixed, **kept})
+
+
+def _read(path: str) -> Request:
+    with open(path, encoding="utf-8") as stream:
+        content: Request = json.load(stream)
+    return content
+
+
+def _folder(parent: str) -> str:
+    """A folder below ``parent`` whose path has ``_PATH_LENGTH`` characters; one more name where that is too few."""
+    missing = _PATH_LENGTH - len(parent) - 1
+    folder = os.path.join(parent, "_" * (missing if 0 < missing < 256 else 1))
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _put(source: str, name: str) -> None:
+    """The file under a name of its own here."""
+    if os.path.lexists(name):
+        os.unlink(name)
+    try:
+        os.link(source, name)
+    except OSError:  # another file system
+        shutil.copyfile(source, name)
 
 
 class _Told(Exception):
     """An error that the caller can read: the name of one of its classes, and what happened."""
 
-    def __init__(self, kind, what):
+    def __init__(self, kind: str, what: str) -> None:
         super().__init__(what)
         self.answer = {"type": kind, "what": what}
 
 
-def _last_line(text):
+def _last_line(text: str) -> str:
     """The toolkit's own sentence, at the end of the tracebacks that it puts into its messages."""
     clean = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.strip() for line in clean.splitlines() if line.strip()]
@@ -186,20 +221,20 @@ class _NoTorch:
     The toolkit imports it at the top of its modules for its ``gdq`` quantizer, which is never called here.
     """
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] != "torch":
             return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]  # has what an importer needs
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _NoTorchModule(spec.name)
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         pass
 
 
 class _NoTorchModule(types.ModuleType):
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         made = _decorator if name == "no_grad" else type(name, (), {})
@@ -207,7 +242,7 @@ class _NoTorchModule(types.ModuleType):
         return made
 
 
-def _decorator(*_):
+def _decorator(*_: Any) -> Callable[[Any], Any]:
     return lambda function: function
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from modelforge.store import StepRecord, Store, canonical_json, digest_bytes, di
 from modelforge.toolchains import worker
 
 _ENGINE = "main.engine"
+_WORKER = "modelforge.compilers.tensorrt.worker"
 # NumPy comes in with the preflight; starting its threads, which nothing uses, takes longer than all it does there.
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 _SHARED = "tensorrt-engine"
@@ -90,23 +92,30 @@ def _build(
     job: CompileJob, product: Product, installed: Installed, asked: Switches, ranges: list[Profile], gpu: Gpu | None
 ) -> Built:
     cache = _TimingCache(product, installed.version, gpu, job.workdir) if product.times_tactics and gpu else None
-    answer = worker.call(
-        "modelforge.compilers.tensorrt.worker:build",
-        {
-            "product": product.name,
-            "folder": str(installed.folder),
-            "model": str(job.model),
-            "engine": str(job.workdir / _ENGINE),
-            "profiles": ranges,
-            "preflight": True,
-            "timing_cache": cache.files() if cache else None,
-            **dataclasses.asdict(asked),
-        },
-        workdir=job.workdir,
-        timeout=job.timeout,
-        what=f"{product.title.removeprefix('NVIDIA ')}, building for {job.target.tag}",
-        env=environment(gpu if product.needs_gpu else None) | _NO_THREADS,
-    )
+    what = f"{product.title.removeprefix('NVIDIA ')}, building for {job.target.tag}"
+    env = environment(gpu if product.needs_gpu else None)
+    request = {
+        "product": product.name,
+        "folder": str(installed.folder),
+        "model": str(job.model),
+        "engine": str(job.workdir / _ENGINE),
+        "profiles": ranges,
+        "timing_cache": cache.files() if cache else None,
+        **dataclasses.asdict(asked),
+    }
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # Beside the build, which it would make a third longer. It refuses where the builder says nothing of use, dies,
+        # or builds what is not the model: its word goes first.
+        checked = pool.submit(
+            worker.call, f"{_WORKER}:preflight", request, workdir=job.workdir / "preflight", timeout=job.timeout,
+            what=what, env=_NO_THREADS,
+        )  # fmt: skip
+        try:
+            answer = worker.call(
+                f"{_WORKER}:build", request, workdir=job.workdir, timeout=job.timeout, what=what, env=env
+            )
+        finally:
+            checked.result()
     report = {
         "engine_version": answer["version"],
         **{name: answer[name] for name in ("layers", "inputs", "outputs", "warnings", "seconds", "dla")},

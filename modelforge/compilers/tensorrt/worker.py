@@ -7,7 +7,6 @@ Every such answer becomes an error here that names the node or the rule.
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     Args:
         request: ``product`` and ``folder``: what to load, and from where; ``model``: path of the ONNX file; ``engine``:
             path to write; ``capabilities``: compute capabilities without their dot; ``profiles``: for each, by input
-            name, three shapes: min, opt, max; ``preflight``: whether to hold the model against what is known to fail
-            first (optional); ``timing_cache``: paths ``read`` (or None) and ``write``, or None; the
+            name, three shapes: min, opt, max; ``timing_cache``: paths ``read`` (or None) and ``write``, or None; the
             other fields of :class:`~modelforge.compilers.tensorrt.switches.Switches`.
 
     Returns:
@@ -40,19 +38,13 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         ToolchainMissing: it cannot be loaded, or finds no GPU where it needs one.
         BuildError: it failed, or wrote nothing.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        # Beside loading and parsing, which it would double the time of; the build waits for it.
-        checked = pool.submit(_preflight, request)
-        trt = load(request)
-        heard = Heard(PRODUCTS[request["product"]].needs_gpu)
-        logger = listen(trt, heard)
-        builder = _new_builder(trt, logger, heard)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        begun = time.monotonic()
-        try:
-            _parse(trt, network, logger, heard, request["model"])
-        finally:
-            checked.result()  # what it says is clearer than what the parser says
+    trt = load(request)
+    heard = Heard(PRODUCTS[request["product"]].needs_gpu)
+    logger = listen(trt, heard)
+    builder = _new_builder(trt, logger, heard)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    begun = time.monotonic()
+    _parse(trt, network, logger, heard, request["model"])
     parsed = time.monotonic()
     config = builder.create_builder_config()
     if PRODUCTS[request["product"]].names_capabilities:
@@ -79,6 +71,19 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def preflight(request: dict[str, Any]) -> dict[str, Any]:
+    """Hold the lowered model, node by node, against what is known to fail: the builder's own words are often none.
+
+    Args:
+        request: ``product``, ``model`` and ``capabilities`` as for :func:`build`.
+
+    Raises:
+        UnsupportedError: with the node, its operator and opset, and the rule.
+    """
+    require(Path(request["model"]), request["capabilities"], request["product"])
+    return {}
+
+
 def describe(request: dict[str, Any]) -> dict[str, Any]:
     """What the installed TensorRT-RTX can have: its compute capabilities, and which of ``request["ops"]`` it parses.
 
@@ -94,12 +99,6 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
         "sm": sorted(_capabilities(trt)),
         "ops": sorted(op for op in request["ops"] if parser.supports_operator(op)),
     }
-
-
-def _preflight(request: dict[str, Any]) -> None:
-    """Hold the lowered model, node by node, against what is known to fail: the builder's own words are often none."""
-    if request.get("preflight"):
-        require(Path(request["model"]), request["capabilities"], request["product"])
 
 
 @only("tensorrt-rtx")

@@ -15,6 +15,9 @@ DIALECT = Dialect(
     carriers=frozenset({"MaxPool"}),
     # The first layer of an image model: about 1 % of the work, and all of its error reaches everything behind it.
     fewest_channels=4,
+    # Measured by benchmarks/int8_layers.py: MLAS's blocked float kernels are faster than its INT8 ones there.
+    shortest_sum=24,
+    depthwise_cost=4.0,
     sources=(
         "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
         "https://github.com/microsoft/onnxruntime/issues/6732",

@@ -21,5 +21,6 @@ DIALECT = Dialect(
     ),
     attention=True,
     graph_outputs=True,
+    remainder="compiler",
     sources=("https://onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.html",),
 )

@@ -33,6 +33,9 @@ class Dialect:
         shared_concat: the inputs of a Concat that feeds a quantized node are quantized, with the output's scale.
         skip_gemv: a matrix product with one row or one column stays in float.
         fewest_channels: a dense layer with fewer input or output channels stays in float.
+        shortest_sum: fewer products in an output element than this, and an INT8 kernel gains nothing over float; 0: no
+            layer is left in float for that.
+        depthwise_cost: how much a multiplication of a depthwise Conv counts against INT8 beside those.
         half_scales: scales are FP16 numbers, so that an FP16 remainder can hold them exactly.
         remainder: what the float rest is lowered to; ``compiler``: it stays FP32 in the file, and the compiler makes it
             FP16.
@@ -61,6 +64,8 @@ class Dialect:
     shared_concat: bool = False
     skip_gemv: bool = False
     fewest_channels: int = 0
+    shortest_sum: int = 0
+    depthwise_cost: float = 0.0
     half_scales: bool = False
     remainder: Literal["fp32", "fp16", "compiler"] = "fp32"
     native: Callable[[Path, Path, Mapping[str, str]], Mapping[str, Any]] | None = None
