@@ -16,6 +16,11 @@ MODEL_WHEELS = ["rapidocr-onnxruntime>=1.4", "rapidocr>=3", "magika>=1", "nudene
 TEST_TOOLS = ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.5", "pillow>=10.1"]
 # Independent judges of signatures and of the bill of materials.
 TEST_TOOLS += ["securesystemslib>=1.1", "cyclonedx-python-lib[json-validation]>=8"]
+# Child processes do most of the work: two test processes keep two cores busy.
+TEST_TOOLS += ["pytest-xdist>=3.6"]
+IN_PARALLEL = ["-n", "auto", "--dist", "loadfile"]
+# Carries Triton's own definition of config.pbtxt; --no-deps, as its client is not wanted.
+MODEL_WHEELS += ["tritonclient>=2.50"]
 # pyproject.toml has ranges; what these sessions install is fixed.
 LOCKED = ["-c", "constraints.txt"]
 LINT_TOOLS = ["ruff>=0.9"]
@@ -54,14 +59,16 @@ def imports(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite: under ten minutes on two cores."""
     _install_all(session)
-    session.run("pytest", "-m", "not slow", *session.posargs)
+    session.run("pytest", "-m", "not slow", *IN_PARALLEL, *session.posargs)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """What takes longer: kills at random moments, large models."""
     _install_all(session)
-    session.run("pytest", "-m", "slow", *session.posargs)
+    # Exports models in the shape of BERT; nothing else wants it.
+    session.install("torch>=2.5")
+    session.run("pytest", "-m", "slow", *IN_PARALLEL, *session.posargs)
 
 
 @nox.session

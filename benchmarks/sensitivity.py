@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--dialect", default="onnxruntime-x86")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--times", action="store_true", help="nothing but the times: not layer by layer")
     options = parser.parse_args()
     for name in options.tasks:
         with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +52,7 @@ def main() -> None:
 class Bench:
     def __init__(self, task: Task, folder: Path, options: argparse.Namespace) -> None:
         self.name, self.folder, self.dialect, self.count = task.name, folder, options.dialect, options.samples
-        self.rounds = options.rounds
+        self.rounds, self.options = options.rounds, options
         self.input = next(iter(task.shapes))
         prepare(task.model, folder / "prepared", task.shapes)
         self.model = folder / "model.onnx"
@@ -62,8 +63,16 @@ class Bench:
         self.table: RangeTable = calibrate(self.model, self.samples)
 
     def run(self) -> None:
-        bare, passed, whole = self.times()
+        bare, loaded, passed, whole = self.times()
         local = self.rank()
+        size = f"{len(local.ranking)} layers in {len(local.blocks)} blocks"
+        print(f"\n{self.name}, {self.dialect}: {size}, {local.samples} samples")
+        print(f"  bare FP32 forward         {bare * 1000:8.1f} ms, {loaded * 1000:.1f} with its session")
+        print(f"  one pass with all shadows {passed * 1000:8.1f} ms   {passed / bare:6.2f}x")
+        ratios = f"{whole / bare:6.2f}x  (limit: 3x), {whole / loaded:.2f}x of a forward with its session"
+        print(f"  rank_layers, with set-up  {whole * 1000:8.1f} ms   {ratios}")
+        if self.options.times:
+            return
         start = time.process_time()
         reference = self.forward(self.model, self.calibration)
         true: dict[str, float] = {}
@@ -72,11 +81,6 @@ class Bench:
             with suppress(UnsupportedError):
                 true[layer.node] = self.sqnr_db(self.all_but([layer.node], local), reference)
         slow = time.process_time() - start
-        size = f"{len(local.ranking)} layers in {len(local.blocks)} blocks"
-        print(f"\n{self.name}, {self.dialect}: {size}, {local.samples} samples")
-        print(f"  bare FP32 forward         {bare * 1000:8.1f} ms")
-        print(f"  one pass with all shadows {passed * 1000:8.1f} ms   {passed / bare:6.2f}x  (limit: 3x)")
-        print(f"  rank_layers, with set-up  {whole * 1000:8.1f} ms   {whole / bare:6.2f}x")
         print(f"  layer by layer            {slow * 1000:8.1f} ms   {slow / bare:6.2f}x  ({slow / whole:.0f}x of that)")
         alone = [layer for layer in local.ranking if layer.node in true]
         rho = spearman([layer.sqnr_db for layer in alone], [true[layer.node] for layer in alone])
@@ -97,17 +101,18 @@ class Bench:
             ]
             print(f"    {title:24}" + "".join(f"{each:8.2f}" for each in found))
 
-    def times(self) -> tuple[float, float, float]:
-        """Bare forward and pass with shadows, each from the made session to the last sample; all of rank_layers."""
-        found: dict[str, list[float]] = {"bare": [], "pass": [], "whole": []}
+    def times(self) -> tuple[float, float, float, float]:
+        """Bare forward, from the made session to the last sample, and with the making; the pass; all of rank_layers."""
+        found: dict[str, list[float]] = {"bare": [], "loaded": [], "pass": [], "whole": []}
         for _ in range(self.rounds):
-            session = _session(self.model)
-            with clock(found["bare"]):
-                for _, rows in islice(stream_samples(self.samples, [self.input]), self.count):
-                    session.run(None, rows)
+            with clock(found["loaded"]):
+                session = _session(self.model)
+                with clock(found["bare"]):
+                    for _, rows in islice(stream_samples(self.samples, [self.input]), self.count):
+                        session.run(None, rows)
             with clock(found["whole"]), passes_clocked(found["pass"]):
                 self.rank()
-        return min(found["bare"]), min(found["pass"]), min(found["whole"])
+        return min(found["bare"]), min(found["loaded"]), min(found["pass"]), min(found["whole"])
 
     def rank(self) -> sensitivity.Sensitivity:
         return sensitivity.rank_layers(self.model, self.table, self.samples, dialect=self.dialect, count=self.count)

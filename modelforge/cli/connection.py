@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from modelforge.cli.console import Console
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+    from tqdm import tqdm
 
     from modelforge.registry.session import Connection
 
@@ -38,35 +37,32 @@ class Transfers:
     """Bars of a transfer on a terminal; nothing elsewhere (see ``registry.pull.Reporter``)."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self._live = not console.quiet and sys.stderr.isatty()
         self._lock = threading.Lock()
-        self._live: RichProgress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        self._bars: dict[str, tqdm[Any]] = {}
 
     def __enter__(self) -> Self:
-        if not self._console.quiet and sys.stderr.isatty():
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
-            from rich.progress import Progress as RichProgress
-
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-            self._live = RichProgress(*columns, console=self._console.rich(stderr=True), transient=True)
-            self._live.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
+        for name in list(self._bars):
+            self.end(name)
 
     def begin(self, name: str, size: int) -> Callable[[int], None]:
-        live = self._live
-        if live is None or size < _SHOWN:
+        if not self._live or size < _SHOWN:
             return lambda _: None
+        from tqdm import tqdm
+
         with self._lock:
-            task = self._tasks[name] = live.add_task(name, total=size)
-        return lambda count: live.advance(task, count)
+            bar = self._bars[name] = tqdm(total=size, desc=name, unit="B", unit_scale=True, leave=False, miniters=1)
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        return advance
 
     def end(self, name: str) -> None:
         with self._lock:
-            task = self._tasks.pop(name, None)
-            if self._live is not None and task is not None:
-                self._live.remove_task(task)
+            bar = self._bars.pop(name, None)
+        if bar is not None:
+            bar.close()

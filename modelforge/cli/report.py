@@ -71,10 +71,79 @@ def _print(report: Report, console: Console) -> None:
         console.text("")
         columns = ["target", "rung", "gate", "value", "drop", "SQNR dB", "agreement", "why"]
         console.table(columns, rungs, title="ladder")
-    lines = [line for variant in report.variants for line in _told(variant)]
+    _print_batches(report, console)
+    _print_split(report, console)
+    lines = [f"left out, as it has another shape than this version knows: {_plain(fault)}" for fault in report.left_out]
+    lines += [line for variant in report.variants for line in _told(variant)]
     if lines:
         console.text("\n" + "\n".join(lines))
     console.note("note: `--html` shows layers, histograms and curves")
+
+
+def _print_batches(report: Report, console: Console) -> None:
+    """The batches to serve with, of the variants whose time is known."""
+    rows = []
+    for variant in report.variants:
+        found = variant.timing.batching
+        if found is None or found.source == "none":
+            continue
+        within = {True: "within", False: "above", None: "-"}[found.meets_budget]
+        rows.append(
+            [
+                variant.title, ", ".join(map(str, found.preferred)), figure(found.milliseconds, 3),
+                figure(found.max_queue_delay_us / 1000, 3), figure(found.throughput, 1), found.source, within,
+            ]
+        )  # fmt: skip
+    if rows:
+        console.text("")
+        columns = ["target", "gather", "one execution ms", "wait at most ms", "answers a second", "known by", "budget"]
+        console.table(columns, rows, title="batches")
+
+
+def _print_split(report: Report, console: Console) -> None:
+    """Chains of variants, and the fastest way over tiers by bandwidth."""
+    split = report.facts.split
+    if split is None:
+        return
+    chains = [
+        [
+            " -> ".join(_plain(f"{step.stage} on {step.target}") for step in chain.stages),
+            (chain.accuracy.gate if chain.accuracy else None) or "-",
+            *([figure(each) for each in (chain.accuracy.value, chain.accuracy.drop)] if chain.accuracy else "--"),
+            _sqnr(chain.accuracy.sqnr_db, chain.accuracy.identical) if chain.accuracy else "-",
+            ", ".join(_plain(step.evidence) for step in chain.stages),
+            _plain(chain.reason),
+        ]
+        for chain in split.chains
+    ]
+    if chains:
+        console.text("")
+        columns = ["chain", "gate", "value", "drop", "SQNR dB", "evidence", "why not"]
+        console.table(columns, chains, title="chains, judged as the whole model")
+    if split.tiers is not None and split.tiers.sweep:
+        link, rows = split.tiers.links[0], []
+        for point in sorted(split.tiers.sweep, key=lambda each: each.factor):
+            sent = ", ".join(map(_plain, point.sent[:3])) + (f" and {len(point.sent) - 3} more" * (len(point.sent) > 3))
+            size = size_text(getattr(point.bytes, split.tiers.transport))
+            rows.append(
+                [
+                    f"{link.bandwidth * point.factor / 1e6:.4g} MB/s", _plain(point.kind), sent or "-", size,
+                    figure(sum(point.tier_ms.values()), 3), figure(sum(point.link_ms.values()), 3),
+                    figure(point.total_ms, 3),
+                ]
+            )  # fmt: skip
+        console.text("")
+        columns = [
+            _plain(f"{link.source}-{link.target}"),
+            "fastest",
+            "sent",
+            "bytes",
+            "tiers ms",
+            "links ms",
+            "total ms",
+        ]
+        estimated = ", estimated" if split.tiers.estimate else ""
+        console.table(columns, rows, title=f"by bandwidth{estimated}")
 
 
 def _row(variant: VariantReport) -> list[str]:

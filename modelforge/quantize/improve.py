@@ -348,9 +348,10 @@ def _shadowed(reference: Path, layers: Sequence[onnx_ir.Node]) -> Any:
     proto = onnx.load(reference)
     del proto.graph.output[:]
     known: set[str] = set()
+    given = {node.name: list(node.output) for node in proto.graph.node}
     for layer in layers:
-        name, exact = str(layer.name), str(layer.outputs[0].name)
-        inputs = [_copy(value, name, proto.graph, known) for value in layer.inputs if value is not None]
+        name, exact = str(layer.name), _exact(layer.outputs[0], given)
+        inputs = [_copy(value, proto.graph, known, given) for value in layer.inputs if value is not None]
         copy = onnx_ir.serde.serialize_node(layer)
         del copy.input[:], copy.output[:]
         copy.input.extend(inputs)
@@ -378,7 +379,15 @@ def _shadowed(reference: Path, layers: Sequence[onnx_ir.Node]) -> Any:
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _copy(value: onnx_ir.Value, name: str, graph: onnx.GraphProto, known: set[str]) -> str:
+def _exact(value: onnx_ir.Value, given: Mapping[str, Sequence[str]]) -> str:
+    """The value's name in the FP32 model: one that is quantized as the model's output has another in the QDQ model."""
+    producer, place = value.producer(), value.index()
+    if producer is None or place is None or str(producer.name) not in given:
+        return str(value.name)
+    return given[str(producer.name)][place]
+
+
+def _copy(value: onnx_ir.Value, graph: onnx.GraphProto, known: set[str], given: Mapping[str, Sequence[str]]) -> str:
     """Copy the Q and DQ nodes that give a value, with their constants, into the graph; say what to read there."""
     if value.is_initializer() and value.const_value is not None:
         copied = f"{value.name}/shadow"
@@ -388,11 +397,11 @@ def _copy(value: onnx_ir.Value, name: str, graph: onnx.GraphProto, known: set[st
         return copied
     producer = value.producer()
     if producer is None or producer.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-        return str(value.name)
+        return _exact(value, given)
     copied = f"{value.name}/shadow"
     if copied not in known:
         known.add(copied)
-        inputs = [_copy(source, name, graph, known) for source in producer.inputs if source is not None]
+        inputs = [_copy(source, graph, known, given) for source in producer.inputs if source is not None]
         node = onnx_ir.serde.serialize_node(producer)
         del node.input[:], node.output[:]
         node.input.extend(inputs)

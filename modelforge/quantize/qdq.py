@@ -97,13 +97,62 @@ def quantize_model(
         UnsupportedError: the model has no weight that the dialect quantizes, or its opset cannot be raised to 13.
         BuildError: the result is refused by onnx.checker.
     """
-    rules = get_dialect(dialect)
-    if method not in METHODS:
-        raise InputError(f'there is no clip method "{method}"', fix=nearest(method, METHODS))
     model, folder = Path(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    graph, raised = _load_raised(model, rules)
-    run_passes(graph, [InferShapes()], str(model))
+    placed = place_model(model, table, dialect=dialect, exclude=exclude)
+    emitted = placed.emit(table, method, reduce_range)
+    graph, placement = placed.graph, placed.placement
+    run_passes(graph, [RemoveDeadNodes()], str(model))
+    graph.graph.sort()
+    write_checked(graph, folder, model)
+    order = {node: place for place, node in enumerate(graph.graph)}
+    quantized = sorted(placement.quantized, key=lambda node: order[node])
+    return QuantizeReport(
+        dialect=placed.rules.name,
+        method=method,
+        quantized=tuple(str(node.name) for node in quantized),
+        kept=placement.left,
+        mixed=placement.mixed,
+        tensors=emitted.tensors,
+        quantize_nodes=emitted.quantize_nodes,
+        dequantize_nodes=emitted.dequantize_nodes,
+        opset=graph.opset_imports[""],
+        opset_raised=placed.opset_raised,
+    )
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model in memory, and what of it a dialect quantizes: not written yet.
+
+    Attributes:
+        opset_raised: None, or what it was raised from.
+    """
+
+    graph: onnx_ir.Model
+    placement: Placement
+    rules: Dialect
+    opset_raised: int | None
+
+    def emit(self, table: RangeTable, method: str = "auto", reduce_range: bool = False) -> _Emitter:
+        """Write the Q/DQ into the graph. What it does not read any more is left in it, and its nodes are not sorted.
+
+        Raises:
+            InputError: no such clip method.
+        """
+        if method not in METHODS:
+            raise InputError(f'there is no clip method "{method}"', fix=nearest(method, METHODS))
+        emitter = _Emitter(self.graph.graph, table, self.rules, method, REDUCED if reduce_range else 127)
+        emitter.emit(self.placement)
+        return emitter
+
+
+def place_model(model: Path, table: RangeTable, *, dialect: str, exclude: Collection[str] = ()) -> PlacedModel:
+    """Load a prepared model and decide what of it is quantized; arguments and errors as :func:`quantize_model`."""
+    rules = get_dialect(dialect)
+    graph, raised = _load_raised(Path(model), rules)
+    if any(output.shape is None for node in graph.graph for output in node.outputs):  # else it was prepared
+        run_passes(graph, [InferShapes()], str(model))
     _check_excluded(graph, exclude, model)
     placement = place(graph.graph, table, rules, exclude)
     if not placement.weighted:
@@ -112,25 +161,7 @@ def quantize_model(
             where=str(model),
             fix="; ".join(list(placement.left.values())[:3]) or "the model has no Conv, Gemm or MatMul with a weight",
         )
-    emitter = _Emitter(graph.graph, table, rules, method, REDUCED if reduce_range else 127)
-    emitter.emit(placement)
-    run_passes(graph, [RemoveDeadNodes()], str(model))
-    graph.graph.sort()
-    write_checked(graph, folder, model)
-    order = {node: place for place, node in enumerate(graph.graph)}
-    quantized = sorted(placement.quantized, key=lambda node: order[node])
-    return QuantizeReport(
-        dialect=rules.name,
-        method=method,
-        quantized=tuple(str(node.name) for node in quantized),
-        kept=placement.left,
-        mixed=placement.mixed,
-        tensors=emitter.tensors,
-        quantize_nodes=emitter.quantize_nodes,
-        dequantize_nodes=emitter.dequantize_nodes,
-        opset=graph.opset_imports[""],
-        opset_raised=raised,
-    )
+    return PlacedModel(graph, placement, rules, raised)
 
 
 def activation_parameters(found: TensorRange, rules: Dialect, method: str, floor: float = -np.inf) -> Parameters:

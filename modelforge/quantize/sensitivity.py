@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelforge.errors import BuildError, DataError
-from modelforge.graph.load import INLINE_BYTES, load, save
+from modelforge.graph.load import INLINE_BYTES, save
 from modelforge.graph.passes import RemoveDeadNodes, run_passes
 from modelforge.quantize.blocks import find_blocks
 from modelforge.quantize.placement import fused_tail
-from modelforge.quantize.qdq import quantize_model
+from modelforge.quantize.qdq import place_model
 from modelforge.quantize.ranges import RangeTable
 from modelforge.quantize.weights import along
 from modelforge.samples import is_batched, stream_samples
@@ -109,17 +109,16 @@ def rank_layers(
         BuildError: ONNX Runtime refuses the model.
     """
     model = Path(model)
-    with tempfile.TemporaryDirectory(prefix="modelforge-sensitivity-") as temporary:
-        folder = Path(temporary)
-        report = quantize_model(
-            model, table, folder, dialect=dialect, method=method, exclude=exclude, reduce_range=reduce_range
-        )
-        original, shadowed = load(model), load(folder / "model.onnx")
-        blocks = find_blocks(original.graph, report.quantized)
-        shadows = _Shadows(original.graph, shadowed, report.quantized).write()
-        run_passes(shadowed, [RemoveDeadNodes()], str(model))
-        shadowed.graph.sort()
-        session = _session(shadowed, threads, str(model))
+    placed = place_model(model, table, dialect=dialect, exclude=exclude)
+    shadowed = placed.graph
+    quantized = [str(node.name) for node in shadowed.graph if node in placed.placement.quantized]
+    blocks = find_blocks(shadowed.graph, quantized)
+    exact = {str(node.name): tuple(node.inputs) for node in shadowed.graph}
+    placed.emit(table, method, reduce_range)
+    shadows = _Shadows(exact, shadowed, quantized).write()
+    run_passes(shadowed, [RemoveDeadNodes()], str(model))
+    shadowed.graph.sort()
+    session = _session(shadowed, threads, str(model))
     sums, seen = _run(session, samples, count)
     ranking = [
         Layer(each.node, each.op, _sqnr_db(sums[each.signal], sum(sums[name] for name in each.noise)))
@@ -167,9 +166,11 @@ class _Tail:
 class _Shadows:
     """Rewrites the quantized model: FP32 again, a shadow beside every quantized node, and the error sums as outputs."""
 
-    def __init__(self, original: onnx_ir.Graph, model: onnx_ir.Model, quantized: Collection[str]) -> None:
+    def __init__(
+        self, exact: Mapping[str, tuple[onnx_ir.Value | None, ...]], model: onnx_ir.Model, quantized: Collection[str]
+    ) -> None:
         self._graph = model.graph
-        self._exact = {node.name: node for node in original}
+        self._exact = exact  # what each node of the FP32 model reads
         self._quantized = frozenset(quantized)
         self._constants: dict[onnx_ir.Node, onnx_ir.Value] = {}
 
@@ -186,7 +187,7 @@ class _Shadows:
             for index, value in enumerate(node.inputs):
                 dequantize = _dequantize(value)
                 if dequantize is not None:
-                    node.replace_input_with(index, self._restored(dequantize, self._exact[node.name].inputs[index]))
+                    node.replace_input_with(index, self._restored(dequantize, self._exact[str(node.name)][index]))
         self._graph.outputs.clear()
         return [self._measured(node, tail, copies[node]) for node, tail in tails.items()]
 
@@ -254,11 +255,7 @@ class _Shadows:
         source = dequantize.inputs[0]
         assert source is not None
         quantize = source.producer()
-        if quantize is not None:
-            return quantize.inputs[0]
-        assert exact is not None
-        known = self._graph.initializers.get(str(exact.name))
-        return known if known is not None else self._initializer(_array(exact), str(exact.name))
+        return exact if quantize is None else quantize.inputs[0]
 
     def _initializer(self, array: Array, name: str) -> onnx_ir.Value:
         tensor = onnx_ir.tensor(array, name=name)

@@ -38,8 +38,8 @@ class Split:
 
     stages: tuple[StageDocument, ...]
     outputs: tuple[OutputSource, ...]
-    sizes: Mapping[str, int]
-    transport: Mapping[str, Way]
+    sizes: dict[str, int]
+    transport: dict[str, Way]
     chains: tuple[ChainDocument, ...]
     candidates: tuple[Candidate, ...]
     tiers: TierChoices | None
@@ -120,7 +120,7 @@ class _Reader:
         value: Any = self.about
         for key in keys:
             value = value.get(key)
-        part, fault = checked(adapter, value, ".".join(keys))
-        if fault is not None:
-            self.left_out.append(fault)
-        return part
+        found = checked(adapter, value, ".".join(keys))
+        if found[1] is not None:
+            self.left_out.append(found[1])
+        return found[0]

@@ -8,6 +8,8 @@ from typing import Any
 
 from modelforge.bundle.record import Accuracy
 from modelforge.report.collect import VariantReport
+from modelforge.report.documents import OutputFigures
+from modelforge.report.latency import latency
 from modelforge.report.layers import kept_higher, layer_bars, sensitivity
 from modelforge.report.markup import (
     Cell,
@@ -57,6 +59,7 @@ def card(variant: VariantReport, anchor: str, limits: Limits) -> Html:
         _reasons(variant),
         _figures(variant),
         _ladder(variant),
+        latency(variant, limits),
         kept_higher(variant, limits),
         sensitivity(variant, limits),
         layer_bars(variant, limits),
@@ -162,25 +165,37 @@ def _ladder(variant: VariantReport) -> Html | None:
 
 
 def _outputs(variant: VariantReport, limits: Limits) -> Html | None:
+    """Each output, and under it its channel groups where it mixes meanings (boxes and scores)."""
+    names = {row.output: at for at, row in reversed(list(enumerate(variant.outputs)))}
+    grouped = sorted(variant.outputs, key=lambda row: (names[row.output], row.group is not None))
     rows: list[Row] = [
         [
-            row.output if row.group is None else f"{row.output} / {row.group}",
+            _output_name(row),
             figure_cell(row.sqnr_db, decibels(row.sqnr_db, identical=row.identical)),
             figure_cell(row.cosine, cosine_text(row.cosine)),
             figure_cell(row.max_abs, number(row.max_abs)),
             figure_cell(row.agreement, percent(row.agreement)),
         ]
-        for row in variant.outputs[: limits.rows]
+        for row in grouped[: limits.rows]
     ]
     if not rows:
         return None
     columns = ["output", "SQNR", "cosine", "largest error", "agreement"]
-    count = len(variant.outputs)
+    groups = sum(row.group is not None for row in grouped)
+    counted = f"{len(names)}, {plural(groups, 'channel group')}" if groups else str(len(names))
     return folded(
-        f"Outputs against FP32 ({count})",
+        f"Outputs against FP32 ({counted})",
         table(f"Outputs of {variant.title} against FP32", columns, rows),
-        left_out(count - len(rows), "output"),
+        left_out(len(grouped) - len(rows), "row"),
+        open_=bool(groups),
     )
+
+
+def _output_name(row: OutputFigures) -> Child:
+    """A group keeps its output's name beside it: a table that was sorted otherwise still says whose it is."""
+    if row.group is None:
+        return row.output
+    return element("span", row.group, element("small", f" of {row.output}"), class_="group")
 
 
 def _notes(variant: VariantReport, limits: Limits) -> Html | None:

@@ -139,7 +139,7 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report says of a bundle; ``about`` is JSON of any shape, ``facts`` the parts of it that were checked."""
+    """All that a report says of a bundle; ``about`` is JSON of any shape, ``facts`` its parts that were checked."""
 
     name: str
     version: str

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validat
 BINS_AT_MOST = 4096
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Milliseconds = Annotated[float, Field(ge=0, le=1e12)]
-"""Bounded, as what is drawn is added up and divided: 1e12 ms are thirty years."""
+Milliseconds = Annotated[float, Field(ge=0, le=1e15)]
+"""Bounded, as what is drawn is added up and multiplied."""
 
 
 class _Part(BaseModel):

@@ -21,10 +21,10 @@ from modelforge.report.markup import (
     milliseconds,
     number,
     percent,
-    rate,
+    scaled,
     table,
 )
-from modelforge.report.plots import latency_plot
+from modelforge.report.plots import is_budget_near, latency_plot
 from modelforge.report.timing import Timing
 
 
@@ -51,6 +51,7 @@ def _curves(timing: Timing) -> list[str]:
 
 def _legend(timing: Timing) -> list[Child]:
     """What the signs mean, and where the figures come from."""
+    curves = (timing.measured.milliseconds, timing.estimated.milliseconds)
     said: list[Child] = []
     if timing.measured.milliseconds:
         detail = f" ({timing.measured.detail})" if timing.measured.detail else ""
@@ -59,7 +60,8 @@ def _legend(timing: Timing) -> list[Child]:
         method = f": {timing.estimated.detail}" if timing.estimated.detail else ""
         said.append([element("span", class_="key square"), f" estimated{method}. "])
     if timing.budget_ms is not None:
-        said.append(f"The budget of an answer is {milliseconds(timing.budget_ms)}.")
+        sign = element("span", class_="key budget") if is_budget_near(curves, timing.budget_ms) else None
+        said.append([sign, f" The budget of an answer is {milliseconds(timing.budget_ms)}."])
     return said
 
 
@@ -106,7 +108,7 @@ def _recommended(variant: VariantReport) -> Html | None:
             [
                 ("gather", ", ".join(map(str, found.preferred[:16]))),
                 ("at most", str(found.max_batch)),
-                ("wait at most", milliseconds(found.max_queue_delay_us / 1000)),
+                ("wait at most", delay_text(found.max_queue_delay_us)),
                 ("execution at most", _said(found.milliseconds, is_estimate=is_estimate)),
                 ("answers a second", throughput(found.throughput, is_estimate=is_estimate)),
             ]
@@ -126,6 +128,10 @@ def budget_badge(meets: bool | None) -> Html | None:
     return badge("within the budget", "good") if meets else badge("above the budget", "bad")
 
 
+def delay_text(microseconds: int) -> str:
+    return milliseconds(microseconds / 1000) if microseconds else "not at all"
+
+
 def approximate(value: float | None) -> str:
     """Milliseconds that were estimated: ``~8.24 ms``."""
     return milliseconds(value) if value is None else f"~{milliseconds(value)}"
@@ -139,8 +145,9 @@ def signed_percent(share: float | None) -> str:
 
 
 def throughput(per_second: float | None, *, is_estimate: bool) -> str:
-    known = per_second is not None and math.isfinite(per_second)
-    return ("~" if known and is_estimate else "") + rate(per_second, "").removesuffix("/s").strip()
+    if per_second is None or not math.isfinite(per_second):
+        return number(None)
+    return f"{'~' if is_estimate else ''}{scaled(per_second)}"
 
 
 def throughput_cell(per_second: float | None, *, is_estimate: bool) -> Cell:

@@ -11,6 +11,7 @@ from modelforge.report.markup import (
     Child,
     Drawing,
     Html,
+    Limits,
     Row,
     badge,
     bytes_text,
@@ -54,6 +55,21 @@ def _tile(figure: str, meaning: str, kind: str) -> Html:
     return element("li", element("strong", figure), element("span", meaning), class_=kind)
 
 
+def left_out_parts(report: Report, limits: Limits) -> Html | None:
+    """What the bundle says in a shape that this version does not know: told, since it is missing below."""
+    told = report.left_out
+    if not told:
+        return None
+    more = len(told) - limits.rows
+    return element(
+        "div",
+        element("strong", "Left out: parts of the bundle have another shape than this version knows"),
+        element("ul", [element("li", fault) for fault in told[: limits.rows]]),
+        element("p", f"and {more} more") if more > 0 else None,
+        class_="callout",
+    )
+
+
 def summary(report: Report, anchors: Sequence[str]) -> Html:
     metrics = sorted({variant.record.accuracy.metric for variant in report.variants if variant.record.accuracy.metric})
     columns = "target status precision gate FP32 value change SQNR agreement evidence latency size".split()
@@ -93,7 +109,7 @@ def deltas(report: Report) -> list[Html]:
         parts.append(table("Accuracy: loss against FP32", columns, rows))
     else:
         parts.append(element("p", "No variant has a metric to compare.", class_="soft"))
-    budget = _number_at(report.about, "serving", "latency_budget_ms")
+    budget = report.facts.budget_ms
     if timed:
         full = 1.1 * max(*(variant.latency_ms or 0.0 for variant in timed), budget or 0.0) or 1.0
         rows = [_latency_row(variant, full, budget) for variant in timed]
@@ -195,11 +211,6 @@ def _digest_at(about: Mapping[str, Any], key: str) -> Html | None:
 def text_at(about: Mapping[str, Any], *keys: str) -> str | None:
     value = _at(about, *keys)
     return value if isinstance(value, str) and value else None
-
-
-def _number_at(about: Mapping[str, Any], *keys: str) -> float | None:
-    value = _at(about, *keys)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12 else None
 
 
 def _at(about: Mapping[str, Any], *keys: str) -> Any:

@@ -24,7 +24,9 @@ from modelforge.report.markup import (
     digest,
     element,
 )
-from modelforge.report.overview import deltas, provenance, summary, text_at, tiles
+from modelforge.report.overview import deltas, left_out_parts, provenance, summary, text_at, tiles
+from modelforge.report.placement import placement
+from modelforge.report.stages import stages
 
 SIZE_LIMIT = 3_000_000
 """Bytes of a page: what a phone opens at once."""
@@ -126,10 +128,14 @@ def _sections(report: Report, limits: Limits) -> list[Html]:
     anchors = [f"v{at}" for at in range(len(report.variants))]
     cards = [card(variant, anchor, limits) for variant, anchor in zip(report.variants, anchors, strict=True)]
     parts = [
-        _section("summary", "Summary", tiles(report), summary(report, anchors)),
+        _section("summary", "Summary", tiles(report), left_out_parts(report, limits), summary(report, anchors)),
         _section("deltas", "Accuracy and latency against FP32", deltas(report)),
-        _section("targets", "Targets", element("div", cards, class_="cards")),
     ]
+    if split := stages(report, anchors, limits):
+        parts.append(_section("stages", "Stages", split))
+    if placed := placement(report, anchors):
+        parts.append(_section("placement", "Placement and batches", placed))
+    parts.append(_section("targets", "Targets", element("div", cards, class_="cards")))
     if tables := range_tables(report):
         drawn = [range_table(document, used, limits) for document, used in tables.values()]
         parts.append(_section("calibration", "Calibration", drawn))
@@ -143,7 +149,10 @@ def _section(anchor: str, title: str, *children: Child) -> Html:
 
 
 def _header(report: Report) -> Html:
-    links = [("summary", "Summary"), ("deltas", "Deltas"), ("targets", "Targets")]
+    links = [("summary", "Summary"), ("deltas", "Deltas")]
+    links += [("stages", "Stages")] if report.facts.split is not None else []
+    links += [("placement", "Placement")] if placement(report, [""] * len(report.variants)) else []
+    links += [("targets", "Targets")]
     links += [("calibration", "Calibration")] if range_tables(report) else []
     links += [("provenance", "Provenance")]
     task = text_at(report.about, "serving", "task")

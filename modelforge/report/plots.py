@@ -5,6 +5,7 @@ Colours come from the page's style sheet by class. Every drawing has a label, an
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ def latency_plot(
     sizes = sorted({*measured, *estimated})[:MOST_SIZES]
     if len(sizes) < 2:
         return None
-    most = max((curve[size] for curve in (measured, estimated) for size in sizes if size in curve), default=0.0)
-    near = budget is not None and budget <= 2 * most
+    most = max(0.0, *measured.values(), *estimated.values())
+    near = is_budget_near((measured, estimated), budget)
     ticks = round_ticks(0.0, max(most, budget or 0.0) if near else most)
     low, high = math.log2(sizes[0]), math.log2(sizes[-1])
     x = {size: _LATENCY.x((math.log2(size) - low) / (high - low)) for size in sizes}
@@ -68,7 +69,9 @@ def latency_plot(
         line = "M" + "L".join(f"{coordinate(across)} {coordinate(y)}" for _, across, y in points)
         drawn.append(element("path", d=Html(line), class_=f"line {kind}"))
         drawn += [
-            element("g", element("title", f"batch {size}: {milliseconds(curve[size])}, {words}"), _mark(kind, across, y))
+            element(
+                "g", element("title", f"batch {size}: {milliseconds(curve[size])}, {words}"), _mark(kind, across, y)
+            )
             for size, across, y in points
         ]
     return element(
@@ -84,6 +87,12 @@ def latency_plot(
         role="img",
         aria_label=title,
     )
+
+
+def is_budget_near(curves: Sequence[Mapping[int, float]], budget: float | None) -> bool:
+    """Whether the budget is drawn: far above the curves it would press them flat."""
+    most = max((time for curve in curves for time in curve.values()), default=0.0)
+    return budget is not None and budget <= 2 * most
 
 
 def _mark(kind: str, x: float, y: float) -> Html:
@@ -105,7 +114,7 @@ def sweep_plot(stacks: Sequence[Stack], axis: str, title: str) -> Html | None:
     # Half a bar's room on both sides: the first does not stand on the axis.
     inset = 0.5 if not span else 0.5 / len(shown)
     xs = [frame.x(inset + (1 - 2 * inset) * ((place - places[0]) / span if span else 0.0)) for place in places]
-    gaps = [after - before for before, after in zip(xs, xs[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(xs)]
     width = min([_WIDEST_BAR, *(max(1.0, 0.7 * gap) for gap in gaps)])
     return element(
         "svg",

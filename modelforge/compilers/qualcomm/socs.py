@@ -1,7 +1,7 @@
 """The SoCs that HTP contexts are built for: the pair that QNN wants, and whether the chip computes in floating point.
 
-QNN itself does not check the pair: 43 (v73) with ``htp_arch`` 75 gives the context of v73, and ``htp_arch`` alone ends in
-``QNN_COMMON_ERROR_MEM_ALLOC``, whatever the version (measured with QAIRT 2.51). So this table does.
+QNN does not check the pair: 43 (v73) with ``htp_arch`` 75 gives the context of v73 without a word, and an ``htp_arch``
+alone ends in ``QNN_COMMON_ERROR_MEM_ALLOC`` (measured with QAIRT 2.51). So this table does.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from modelforge.toolchains import worker
 
 _ENGINE = "main.engine"
 _WORKER = "modelforge.compilers.tensorrt.worker"
-# NumPy comes in with the preflight; starting its threads, which nothing uses, takes longer than all it does there.
-_NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 _SHARED = "tensorrt-engine"
 """The name of the step records of engines that several targets share."""
 
@@ -103,19 +100,7 @@ def _build(
         "timing_cache": cache.files() if cache else None,
         **dataclasses.asdict(asked),
     }
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        # Beside the build, which it would make a third longer. It refuses where the builder says nothing of use, dies,
-        # or builds what is not the model: its word goes first.
-        checked = pool.submit(
-            worker.call, f"{_WORKER}:preflight", request, workdir=job.workdir / "preflight", timeout=job.timeout,
-            what=what, env=_NO_THREADS,
-        )  # fmt: skip
-        try:
-            answer = worker.call(
-                f"{_WORKER}:build", request, workdir=job.workdir, timeout=job.timeout, what=what, env=env
-            )
-        finally:
-            checked.result()
+    answer = worker.call(f"{_WORKER}:build", request, workdir=job.workdir, timeout=job.timeout, what=what, env=env)
     report = {
         "engine_version": answer["version"],
         **{name: answer[name] for name in ("layers", "inputs", "outputs", "warnings", "seconds", "dla")},

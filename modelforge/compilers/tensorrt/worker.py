@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelforge.compilers.tensorrt.messages import failure
-from modelforge.compilers.tensorrt.preflight import require
 from modelforge.compilers.tensorrt.product import PRODUCTS, only
 from modelforge.compilers.tensorrt.vendor import Heard, listen, load
 from modelforge.errors import BuildError, ModelForgeError, UnsupportedError
@@ -69,19 +68,6 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "dla": dla,
         "timing_cache_used": used,
     }
-
-
-def preflight(request: dict[str, Any]) -> dict[str, Any]:
-    """Hold the lowered model, node by node, against what is known to fail: the builder's own words are often none.
-
-    Args:
-        request: ``product``, ``model`` and ``capabilities`` as for :func:`build`.
-
-    Raises:
-        UnsupportedError: with the node, its operator and opset, and the rule.
-    """
-    require(Path(request["model"]), request["capabilities"], request["product"])
-    return {}
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:

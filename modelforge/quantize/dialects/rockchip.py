@@ -12,7 +12,7 @@ DIALECT = Dialect(
     bias_zero_point=True,
     outputs=WEIGHTED,
     elementwise=frozenset(
-        "Add Sub Mul Relu LeakyRelu Clip Sigmoid HardSwish AveragePool GlobalAveragePool Concat".split()
+        "Add Sub Mul Relu LeakyRelu Sigmoid HardSwish AveragePool GlobalAveragePool Concat".split()
     ),
     carriers=frozenset("MaxPool Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Resize".split()),
     sources=("rknn-toolkit2 2.5.0 user guide, section on quantized models",),
