@@ -40,8 +40,9 @@ class OnnxRuntimeCompiler:
     section = None
     code_version = "1"
 
-    def probe(self) -> Toolchain | Missing:
+    def probe(self, target: Target | None = None) -> Toolchain | Missing:
         """Say which ONNX Runtime is installed, from package metadata."""
+        del target  # what it builds for one, it builds for all
         try:
             return Toolchain({"onnxruntime": importlib.metadata.version("onnxruntime")})
         except importlib.metadata.PackageNotFoundError:
@@ -93,6 +94,10 @@ class OnnxRuntimeCompiler:
                 )
             )
         return refusals
+
+    def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
+        del model, target, options  # its facts say all that is known
+        return []
 
     def compile(self, job: CompileJob) -> Compiled:
         """Optimise offline in a child process, and load what was saved.

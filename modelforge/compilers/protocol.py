@@ -146,8 +146,8 @@ class Compiler(Protocol):
     code_version: str
     """Raised whenever the same inputs would give another artifact: part of the content key."""
 
-    def probe(self) -> Toolchain | Missing:
-        """Say what is installed, without importing it. Costs milliseconds."""
+    def probe(self, target: Target | None = None) -> Toolchain | Missing:
+        """Say what is installed, without importing it, and whether it can build for a target. Costs milliseconds."""
 
     def dialect(self, target: Target) -> str:
         """How it wants quantization written for this target: a name of :mod:`modelforge.quantize.dialects`."""
@@ -165,6 +165,9 @@ class Compiler(Protocol):
 
         Empty if nothing is known against it.
         """
+
+    def supports_model(self, model: Path, target: Target, options: Options = _NO_OPTIONS) -> list[Refusal]:
+        """Say what else stands against the user's own model, whatever precision it is lowered to: down to its nodes."""
 
     def compile(self, job: CompileJob) -> Compiled:
         """Compile in a child process.

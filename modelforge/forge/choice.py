@@ -61,7 +61,7 @@ def choose(intake: Intake, stage: Stage, section: TargetSection, target: Target,
             reasons.append(f"{compiler.title}, {precision}: {refusals[0].what}")
             fixes.append(refusals[0].fix)
         if accepted:
-            found = compiler.probe()
+            found = compiler.probe(target)
             if isinstance(found, Toolchain):
                 return Choice(compiler, found, None, tuple(accepted), tuple(refused))
             lacking.append((compiler, found))
@@ -124,4 +124,7 @@ def _refusals(
         what = f"{target.title} has no hardware support for {precision}"
         return [Refusal("hardware", what, f"its precisions: {', '.join(target.precisions)}")]
     options = section.sections.get(compiler.section or "", NO_OPTIONS)
-    return compiler.supports(stage.facts, target, precision, stage.inputs, intake.recipe.dims, options)
+    refusals = compiler.supports(stage.facts, target, precision, stage.inputs, intake.recipe.dims, options)
+    if refusals or stage.name != "main":  # the stages of a split model are no files yet
+        return refusals
+    return compiler.supports_model(intake.recipe.model, target, options)

@@ -98,8 +98,9 @@ def _finish(bundle: Bundle, variant: Variant, folder: Path) -> VariantContent:
     job = _read_job(files, where)
     profile = folder / f"{record.target}.toml"
     profile.write_text(job["target"], encoding="utf-8")
-    compiler, toolchain = _compiler(str(job["compiler"]), where)
-    device = _Device(folder, files, job, compiler, toolchain, load_target(profile))
+    target = load_target(profile)
+    compiler, toolchain = _compiler(str(job["compiler"]), target, where)
+    device = _Device(folder, files, job, compiler, toolchain, target)
     ladder: list[dict[str, Any]] = []
     faults: list[ModelForgeError] = []
     for place, rung in enumerate(job["rungs"]):
@@ -127,13 +128,13 @@ def _read_job(files: Mapping[str, Path], where: str) -> Mapping[str, Any]:
     return job
 
 
-def _compiler(name: str, where: str) -> tuple[Compiler, Toolchain]:
+def _compiler(name: str, target: Target, where: str) -> tuple[Compiler, Toolchain]:
     if name not in compiler_names():
         raise ToolchainMissing(
             f'this ModelForge has no compiler "{name}"', where=where, fix="install the package that brings it"
         )
     compiler = get_compiler(name)
-    found = compiler.probe()
+    found = compiler.probe(target)
     if isinstance(found, Missing):
         raise ToolchainMissing(f"{compiler.title}: {found.reason}", where=where, fix=found.fix)
     return compiler, found

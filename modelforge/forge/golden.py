@@ -50,10 +50,10 @@ def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
     if record.compiler not in compiler_names():
         return not_run(f'this ModelForge has no "{record.compiler}"')
     compiler = get_compiler(record.compiler)
-    found = compiler.probe()
+    target = running_target(bundle, record)
+    found = compiler.probe(target)
     if not isinstance(found, Toolchain):
         return not_run(f"{found.reason}; {found.fix}")
-    target = running_target(bundle, record)
     evidence = compiler.runner(target)
     if evidence is None:
         return not_run(compiler.runner_hint(target) or "it cannot run on this machine")

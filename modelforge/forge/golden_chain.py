@@ -104,7 +104,7 @@ def _run(bundle: Bundle, variant: Variant, files: Mapping[str, Path], inputs: Pa
     target = running_target(bundle, record)
     if record.artifact is not None and record.compiler in compiler_names():
         compiler = get_compiler(record.compiler or "")
-        if isinstance(compiler.probe(), Toolchain) and compiler.runner(target) is not None:
+        if isinstance(compiler.probe(target), Toolchain) and compiler.runner(target) is not None:
             return run_artifact(compiler, target, record.artifact.file, files, inputs, outputs, folder).evidence
     model = files["model.onnx"]
     asked = {"model": str(model), "folder": str(folder / "emulated")}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from modelforge.graph.compare import open_session
 from modelforge.graph.load import load
-from modelforge.quantize.dialects.rules import WEIGHTED
+from modelforge.quantize.dialects import WEIGHTED, get_dialect
 from modelforge.quantize.equalize import equalize
 from modelforge.quantize.qdq import QuantizeReport, quantize_model, write_checked
 from modelforge.quantize.ranges import RangeTable
@@ -108,7 +108,7 @@ def quantize_best(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".improve-") as temporary:
         work = Path(temporary)
         starts = {PLAIN: _Start(model, table, {})}
-        for strength in strengths:
+        for strength in strengths if get_dialect(dialect).equalize else ():
             name = f"{EQUALIZED} {strength:g}"
             found = equalize(model, table, work / name, strength=strength).equalized
             if found:

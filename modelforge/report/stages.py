@@ -72,11 +72,13 @@ def _chain(split: Split, links: Mapping[tuple[str, str], str], limits: Limits) -
         return None
     shown = split.stages[: limits.rows]
     items: list[Html] = [element("li", element("span", "input", class_="end"))]
+    before = INPUT
     for stage in shown:
-        items.append(_between(stage.inputs, split.transport, stage.name))
+        items.append(_between(stage.inputs, split.transport, before, stage.name))
         items.append(_box(stage, links))
+        before = stage.name
     if len(shown) == len(split.stages):
-        items.append(_between(_outputs(split), {}, "the output"))
+        items.append(_between(_outputs(split), {}, before, "the output"))
         items.append(element("li", element("span", "output", class_="end")))
     sizes = ", ".join(f"{name} = {size}" for name, size in list(split.sizes.items())[:8])
     said = f"Bytes and times hold at {sizes}. " if sizes else ""
@@ -122,8 +124,8 @@ def _listed(items: Sequence[Html]) -> list[Child]:
     return [[", " if at else None, item] for at, item in enumerate(items)]
 
 
-def _between(tensors: Sequence[StageTensor], transport: Mapping[str, Way], to: str) -> Html:
-    """An arrow with the tensors that go over it: as they are, and as they cross."""
+def _between(tensors: Sequence[StageTensor], transport: Mapping[str, Way], before: str, to: str) -> Html:
+    """An arrow with the tensors that go over it: as they are, and as they cross; those that passed a stage say so."""
     lines = []
     for tensor in tensors[:_NAMED]:
         way = transport.get(tensor.name) if tensor.source != INPUT else None
@@ -132,6 +134,7 @@ def _between(tensors: Sequence[StageTensor], transport: Mapping[str, Way], to: s
             element(
                 "li",
                 element("code", tensor.name),
+                element("small", f"from {tensor.source}") if tensor.source not in (None, before) else None,
                 element("span", NONE if tensor.bytes is None else bytes_text(tensor.bytes)),
                 None
                 if way is None
@@ -276,7 +279,7 @@ def _candidates(split: Split, limits: Limits) -> Html | None:
     taken = {tensor.name for stage in split.stages for tensor in stage.inputs if tensor.source != INPUT}
     ranked = sorted(split.candidates, key=lambda each: (each.bytes.fp32, each.flops_before, each.tensors))
     rows = [_candidate_row(each, is_taken=set(each.tensors) <= taken) for each in ranked[: limits.rows]]
-    columns = ["after", "", "FLOPs before", "FP32", "FP16", "INT8"]
+    columns = ["after", "here", "FLOPs before", "FP32", "FP16", "INT8"]
     return headed(
         "Where it could be cut",
         table("Places to cut, fewest bytes first", columns, rows),
@@ -287,15 +290,13 @@ def _candidates(split: Split, limits: Limits) -> Html | None:
 def _candidate_row(candidate: Candidate, *, is_taken: bool) -> Row:
     sizes = (candidate.bytes.fp32, candidate.bytes.fp16, candidate.bytes.int8)
     return [
-        names(candidate.tensors),
+        element("span", _names(candidate.tensors), class_="why"),
         badge("taken", "good") if is_taken else None,
         figure_cell(candidate.flops_before, percent(candidate.flops_before)),
         *(figure_cell(size, bytes_text(size)) for size in sizes),
     ]
 
 
-def names(tensors: Sequence[str]) -> Child:
-    if not tensors:
-        return "nothing"
+def _names(tensors: Sequence[str]) -> Child:
     more = len(tensors) - 3
     return [_listed([element("code", name) for name in tensors[:3]]), f" and {more} more" if more > 0 else None]

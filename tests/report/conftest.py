@@ -12,6 +12,7 @@ from modelforge.bundle.read import open_bundle
 from modelforge.report import Report, collect
 from tests.report.browser import CHROMIUM, Page, chromium
 from tests.report.report_bundles import Documents, Maker, int8_bundle, record
+from tests.report.split_bundles import split_bundle
 
 MakeReport = Callable[..., Report]
 
@@ -24,6 +25,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def report(bundle: Path) -> Report:
     return collect(open_bundle(bundle))
+
+
+@pytest.fixture(scope="session")
+def split_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return split_bundle(tmp_path_factory.mktemp("split"))
+
+
+@pytest.fixture(scope="session")
+def split_report(split_path: Path) -> Report:
+    return collect(open_bundle(split_path))
 
 
 @pytest.fixture
@@ -45,6 +56,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         pytest.skip("Chromium is not installed (apt-get install chromium)")
     with chromium(tmp_path_factory.mktemp("profile")) as page:
         yield page
+
+
+@pytest.fixture
+def hostile_split() -> dict[str, Any]:
+    """`about` of a split model in which every name tries to be markup."""
+    from tests.report.split_bundles import named_split
+    from tests.report.test_page import HOSTILE
+
+    return named_split(HOSTILE)
 
 
 @pytest.fixture

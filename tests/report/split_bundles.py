@@ -152,3 +152,28 @@ def over(found: dict[str, Any], bandwidth: float) -> dict[str, Any]:
     there = 2.0 + found["bytes"]["int8"] / bandwidth * 1e3
     links = dict.fromkeys(found["crossing"], there) | ({"edge-device": 2.1} if found["crossing"] else {})
     return found | {"link_ms": links, "total_ms": sum(found["tier_ms"].values()) + sum(links.values())}
+
+
+def named_split(name: str) -> dict[str, Any]:
+    """`about` with ``name`` for everything in it that can be a free text, and the shapes kept."""
+
+    def renamed(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            # Names of tensors, tiers, links and targets are keys here; each stays another one.
+            open_keys = key in ("crossing", "tier_ms", "link_ms", "sizes", "targets")
+            return {(f"{each}{name}" if open_keys else each): renamed(one, each) for each, one in value.items()}
+        if isinstance(value, list):
+            return [renamed(each, key) for each in value]
+        return f"{value}{name}" if isinstance(value, str) and key not in ("method",) else value
+
+    about = split_about()
+    ways = about["split"].pop("transport")
+    found: dict[str, Any] = renamed(about)
+    found["split"]["transport"] = {
+        f"{tensor}{name}": way | {"dtype": f"{way['dtype']}{name}"} for tensor, way in ways.items()
+    }
+    found["split"]["tiers"]["transport"] = "int8"
+    found["split"]["candidates"] = [
+        {"tensors": [f"t{name}"], "flops_before": 0.5, "bytes": {"fp32": 4, "fp16": 2, "int8": 1}}
+    ]
+    return found | {"serving": {"latency_budget_ms": 10.0, "fallback": [name]}}

@@ -11,6 +11,7 @@ import pytest
 from modelforge.bundle.read import open_bundle
 from modelforge.report import Report, collect, write_html
 from tests.report.browser import Page
+from tests.report.split_bundles import named_split
 from tests.report.test_page import HOSTILE
 
 pytestmark = pytest.mark.chromium
@@ -118,7 +119,9 @@ def test_links_lead_to_the_cards(page: Page) -> None:
     )
 
 
-def test_every_control_and_drawing_has_a_name(page: Page) -> None:
+@pytest.mark.parametrize("which", ["page_file", "split_file", "cut_file"])
+def test_every_control_and_drawing_has_a_name(page: Page, which: str, request: pytest.FixtureRequest) -> None:
+    page.open(request.getfixturevalue(which).as_uri())
     assert (
         page.evaluate(
             "[...document.querySelectorAll('button, summary, a')].filter(e => !e.textContent.trim()).length"
@@ -151,6 +154,89 @@ def test_hostile_names_run_nothing(
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.evaluate("document.querySelectorAll('script').length") == 1
     assert HOSTILE in browser.evaluate("document.querySelector('#v0').textContent")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    assert browser.faults == []
+    assert browser.requests == [file.as_uri()]
+
+
+@pytest.fixture(scope="session")
+def split_file(split_report: Report, split_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("split-page") / "split.html"
+    write_html(split_report, file, bundle=split_path)
+    return file
+
+
+@pytest.fixture
+def cut_file(make_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    """Cut elsewhere than over tiers, and with a part that is left out."""
+    about = named_split("")
+    del about["split"]["tiers"]
+    path = make_bundle({}, about | {"targets": 3}, stage="head")
+    write_html(collect(open_bundle(path)), tmp_path / "cut.html", bundle=path)
+    return tmp_path / "cut.html"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (390, "dark"), (1280, "light")])
+def test_a_split_model_is_drawn(browser: Page, split_file: Path, width: int, scheme: str) -> None:
+    """Boxes, bars and curves are there and seen, at every width, without a fault or a request."""
+    browser.faults.clear()
+    browser.requests.clear()
+    browser.open(split_file.as_uri(), width=width, scheme=scheme)
+    assert browser.evaluate("[...document.querySelectorAll('.stage h3')].map(h => h.innerText)") == [
+        "head", "body", "tail",
+    ]  # fmt: skip
+    seen = "[...document.querySelectorAll('{}')].map(s => s.getBoundingClientRect().height > {})"
+    assert browser.evaluate(seen.format("svg.sweep", 100)) == [True]
+    assert browser.evaluate(seen.format("svg.sweep g rect", 0.3)) == [True] * 13
+    assert browser.evaluate(seen.format("article svg.curve", 80)) == [True] * 4
+    fills = browser.evaluate(
+        "[...new Set([...document.querySelectorAll('svg.sweep g rect')].map(r => getComputedStyle(r).fill))]"
+    )
+    assert len(fills) == 3, "device, edge and links are told apart"
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.faults == []
+    assert browser.requests == [split_file.as_uri()]
+
+
+def test_boxes_stand_in_a_row_and_on_a_phone_below_each_other(browser: Page, split_file: Path) -> None:
+    places = "[...document.querySelectorAll('.stage')].map(s => s.getBoundingClientRect()).map(r => [r.x, r.y])"
+    browser.open(split_file.as_uri(), width=1280)
+    wide = browser.evaluate(places)
+    assert wide[0][0] < wide[1][0] < wide[2][0]
+    browser.open(split_file.as_uri(), width=390)
+    narrow = browser.evaluate(places)
+    assert len({x for x, _ in narrow}) == 1
+    assert narrow[0][1] < narrow[1][1] < narrow[2][1]
+
+
+def test_the_ways_are_sorted_and_sort(browser: Page, split_file: Path) -> None:
+    browser.open(split_file.as_uri())
+    browser.evaluate(
+        "[...document.querySelectorAll('#stages table')]"
+        ".find(t => t.caption.innerText.startsWith('The fastest ways')).id = 'ways'"
+    )
+    totals = "[...document.querySelector('#ways').tBodies[0].rows].map(r => Number(r.cells[1].dataset.key))"
+    before = browser.evaluate(totals)
+    assert before == sorted(before)
+    assert len(before) == 5
+    browser.click("#ways th:nth-child(2) button")
+    browser.click("#ways th:nth-child(2) button")
+    assert browser.evaluate(totals) == sorted(before, reverse=True)
+
+
+def test_hostile_stages_run_nothing(
+    browser: Page, make_bundle: Callable[..., Path], tmp_path: Path, hostile_split: dict[str, Any]
+) -> None:
+    path = make_bundle({}, hostile_split, stage=HOSTILE[:120])
+    file = tmp_path / "hostile.html"
+    write_html(collect(open_bundle(path)), file, bundle=path)
+    browser.faults.clear()
+    browser.requests.clear()
+    browser.open(file.as_uri(), width=390)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.querySelectorAll('script').length") == 1
+    assert HOSTILE in browser.evaluate("document.querySelector('#stages').textContent")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     assert browser.faults == []
     assert browser.requests == [file.as_uri()]

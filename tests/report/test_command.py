@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from modelforge.report.about import read_about
 from tests.conftest import Forge
 
 
@@ -42,6 +43,35 @@ def test_json_is_one_document(forge: Forge, bundle: Path) -> None:
     assert document["name"] == "ppocr-cls"
     assert document["html"] is None
     assert {"accuracy", "calibration", "sensitivity"} == set(document["variants"][1]["reports"])
+
+
+def test_the_terminal_shows_batches_chains_and_bandwidths(forge: Forge, split_path: Path) -> None:
+    done = forge("report", split_path)
+    assert done.code == 0
+    for said in (
+        "head on cortex-a76 -> body on jetson-agx-orin -> tail on a100",
+        "a variant of it is missing",
+        "device, reference, reference",
+        "by bandwidth, estimated",
+        "send the input to edge",
+        "65.120",
+        "1, 2, 4, 8",
+        "within",
+        "above",
+    ):
+        assert said in done.out, said
+    document = forge("report", split_path, "--json").json
+    assert [stage["name"] for stage in document["split"]["stages"]] == ["head", "body", "tail"]
+    assert document["variants"][1]["batching"]["preferred_batch_sizes"] == [1]
+    assert document["left_out"] == []
+
+
+def test_the_terminal_tells_what_was_left_out(forge: Forge, make_bundle: Callable[..., Path]) -> None:
+    done = forge("report", make_bundle({}, {"split": {"chains": "\x1b[2J"}}))
+    assert done.code == 0
+    assert "left out" in done.out
+    assert "split.chains" in done.out
+    assert "\x1b" not in done.out
 
 
 def test_html_goes_beside_the_bundle(forge: Forge, copied: Path) -> None:
@@ -106,6 +136,45 @@ def test_it_imports_nothing_heavy(forge: Forge, bundle: Path, tmp_path: Path) ->
     argv = [sys.executable, "-c", code, "report", str(bundle), "--html", str(tmp_path / "out.html")]
     done = subprocess.run(argv, env=forge.env(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs the build extra")
+def test_what_split_plans_is_what_is_read(forge: Forge, digits: Path) -> None:
+    """What the forge says of tiers and other places to cut, as the bundle carries it, has the shape drawn here."""
+    model = digits / "model.onnx"
+    tiers = ["--tier", "device=cortex-a76", "--tier", "cloud=a100:fp16", "--link", "device-cloud=1ms,10MB/s"]
+    planned = forge("split", model, *tiers, "--plan-only", "--size", "batch=4", "--json").json
+    facts = read_about({"split": planned})
+    assert facts.left_out == ()
+    assert facts.split is not None
+    assert facts.split.tiers is not None
+    assert facts.split.tiers.tiers == ("device", "cloud")
+    assert len(facts.split.tiers.sweep) == len(planned["tiers"]["sweep"]) > 3
+    assert facts.split.stages[0].flops == planned["stages"][0]["flops"]
+    at = forge("split", model, "--stages", "2", "--plan-only", "--size", "batch=4", "--json").json
+    found = read_about({"split": at})
+    assert found.left_out == ()
+    assert found.split is not None
+    assert len(found.split.candidates) == len(at["candidates"]) > 3
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs the build extra")
+def test_a_split_bundle_that_was_built(forge: Forge, digits: Path, tmp_path: Path) -> None:
+    recipe = digits / "recipe.toml"
+    cut = '[split]\nstages = 2\nnames = ["head", "tail"]\ntransport = "fp16"\n\n'
+    recipe.write_text(recipe.read_text().replace("[[target]]", f"{cut}[[target]]", 1))
+    assert forge("build", digits, "-o", tmp_path / "dist").code == 0
+    (path,) = (tmp_path / "dist").iterdir()
+    document = forge("report", path, "--html", "--json").json
+    assert document["left_out"] == []
+    assert {variant["stage"]: variant["batching"]["source"] for variant in document["variants"]} == {
+        "head": "measured",
+        "tail": "measured",
+    }
+    page = (tmp_path / "dist" / "report.html").read_text(encoding="utf-8")
+    for said in ("head on x86-64", "as FP16", "Places to cut", "Latency by batch size", "estimate is off by"):
+        assert said in page, said
+    assert str(tmp_path) not in page
 
 
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs the build extra")

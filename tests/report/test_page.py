@@ -265,7 +265,7 @@ def test_contrast_in_both_colour_schemes(report: Report) -> None:
     assert light.keys() == dark.keys()
     texts = [(ink, back) for ink in ("ink", "soft", "accent") for back in ("page", "card", "head")]
     texts += [("good", "good-back"), ("bad", "bad-back"), ("warn", "warn-back"), ("ink", "plain-back")]
-    drawn = [(ink, "card") for ink in ("lower", "higher", "ok", "not-ok", "limit")]
+    drawn = [(ink, "card") for ink in ("lower", "higher", "ok", "not-ok", "limit", "third")]
     for scheme in (light, dark):
         for pairs, least in ((texts, 4.5), (drawn, 3.0)):
             for ink, back in pairs:

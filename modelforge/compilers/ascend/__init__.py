@@ -58,8 +58,9 @@ class AscendCompiler:
     section = "atc"
     code_version = "1"
 
-    def probe(self) -> Toolchain | Missing:
+    def probe(self, target: Target | None = None) -> Toolchain | Missing:
         """Where ATC is, from ``$MODELFORGE_ATC``, ``PATH``, CANN's variables and usual folders; reads files only."""
+        del target  # what it builds for one, it builds for all
         found = install.find()
         if isinstance(found, NotHere):
             return Missing(found.reason, f"{found.fix}; official images: {known_images()}, the same for other chips")
@@ -104,6 +105,10 @@ class AscendCompiler:
         except UnsupportedError as error:
             refusals.append(Refusal("gears", error.what, error.fix or "", f"{_GE}/CLI_options/--dynamic_dims.md"))
         return refusals
+
+    def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
+        del model, target, options  # its facts say all that is known
+        return []
 
     def compile(self, job: CompileJob) -> Compiled:
         """Run ATC, once for each .om.

@@ -41,7 +41,8 @@ class QualcommCompiler:
     section = "qualcomm"
     code_version: str = "1"
 
-    def probe(self) -> Toolchain | Missing:
+    def probe(self, target: Target | None = None) -> Toolchain | Missing:
+        del target  # what it builds for one, it builds for all
         found = find(toolchain())
         if isinstance(found, Environment):
             return Toolchain(versions=found.versions)
@@ -63,6 +64,10 @@ class QualcommCompiler:
     ) -> list[Refusal]:
         del options  # what may be said is said by their schema
         return preflight.refusals(facts, target, precision, inputs, dims)
+
+    def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
+        del model, target, options  # its facts say all that is known
+        return []
 
     def compile(self, job: CompileJob) -> Compiled:
         """One context for each gear, and ``qualcomm.json`` that says which is which."""

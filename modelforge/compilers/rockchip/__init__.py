@@ -40,7 +40,8 @@ class RockchipCompiler:
     section = "rockchip"
     code_version: str = "1"
 
-    def probe(self) -> Toolchain | Missing:
+    def probe(self, target: Target | None = None) -> Toolchain | Missing:
+        del target  # what it builds for one, it builds for all
         found = find(toolchain())
         if isinstance(found, Environment):
             return Toolchain(versions=found.versions)
@@ -61,6 +62,10 @@ class RockchipCompiler:
         options: Options = NO_OPTIONS,
     ) -> list[Refusal]:
         return preflight.refusals(facts, target, precision, inputs, dims, options)
+
+    def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
+        del model, target, options  # its facts say all that is known
+        return []
 
     def compile(self, job: CompileJob) -> Compiled:
         """One .rknn for each gear, and ``rockchip.json`` that says which is which."""

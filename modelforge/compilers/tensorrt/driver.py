@@ -7,6 +7,7 @@ Knows what the builders can have and how to ask for it; NVIDIA's code is loaded 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
@@ -103,6 +104,16 @@ class _Driver:
         found: dict[str, Refusal] = {}
         for sm in switches.read(options, target.arch).capabilities:
             for refusal in preflight.refusals(facts, sm, precision, inputs, dims, self.name):
+                found.setdefault(refusal.what, refusal)
+        return list(found.values())
+
+    def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
+        """Say what the preflight knows of the model's own nodes that no lowering mends."""
+        if not isinstance(target.arch, CudaArchitecture):
+            return []
+        found: dict[str, Refusal] = {}
+        for sm in switches.read(options, target.arch).capabilities:
+            for refusal in preflight.check_source(model, sm, self.name):
                 found.setdefault(refusal.what, refusal)
         return list(found.values())
 

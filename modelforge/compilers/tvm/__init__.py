@@ -36,7 +36,8 @@ class TvmCompiler:
     section = None
     code_version: str = "1"
 
-    def probe(self) -> Toolchain | Missing:
+    def probe(self, target: Target | None = None) -> Toolchain | Missing:
+        del target  # what it builds for one, it builds for all
         try:
             pair = runtime.installed_pair()
         except ToolchainMissing as error:
@@ -60,6 +61,10 @@ class TvmCompiler:
     ) -> list[Refusal]:
         del options  # it has none of its own
         return preflight.refusals(facts, target, precision, inputs, dims)
+
+    def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
+        del model, target, options  # its facts say all that is known
+        return []
 
     def compile(self, job: CompileJob) -> Compiled:
         arch = job.target.arch

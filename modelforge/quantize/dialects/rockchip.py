@@ -7,13 +7,15 @@ DIALECT = Dialect(
     title="Rockchip RKNN",
     signed=True,
     symmetric=False,
+    # A Div by a number for each channel, which equalization makes of a HardSwish, kills the toolkit 2.5.0 (SIGSEGV).
+    equalize=False,
     bias="int32",
     # Without it, the toolkit 2.5.0 ends with "IndexError: list index out of range" in fold_constant.
     bias_zero_point=True,
+    # Weights of all kinds by channel: it takes a Gemm's scale for a channel's where a Conv has one for each.
     outputs=WEIGHTED,
-    elementwise=frozenset(
-        "Add Sub Mul Relu LeakyRelu Sigmoid HardSwish AveragePool GlobalAveragePool Concat".split()
-    ),
+    # Not Clip: its bounds would become INT8 constants, which the toolkit leaves without a type.
+    elementwise=frozenset("Add Sub Mul Relu LeakyRelu Sigmoid HardSwish AveragePool GlobalAveragePool Concat".split()),
     carriers=frozenset("MaxPool Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Resize".split()),
-    sources=("rknn-toolkit2 2.5.0 user guide, section on quantized models",),
+    sources=("rknn-toolkit2 2.5.0 user guide, section on quantized models", "builds with rknn-toolkit2 2.5.0"),
 )

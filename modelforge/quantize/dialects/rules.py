@@ -42,6 +42,7 @@ class Dialect:
         native: writes the compiler's own form, where it takes no QDQ: from the QDQ model, into a folder, given why
             nodes must not become FP16, by name. Gives facts, JSON.
         lowest_opset: of the result.
+        equalize: whether the spread between channels may be evened out, which leaves constants with a number a channel.
         mixed_ratio: a Concat whose inputs' largest values differ by more holds different meanings and shares no scale.
         sources: where the rules are from.
     """
@@ -70,6 +71,7 @@ class Dialect:
     remainder: Literal["fp32", "fp16", "compiler"] = "fp32"
     native: Callable[[Path, Path, Mapping[str, str]], Mapping[str, Any]] | None = None
     lowest_opset: int = 13
+    equalize: bool = True
     mixed_ratio: float = 50.0
     sources: tuple[str, ...] = ()
 
