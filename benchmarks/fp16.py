@@ -1,4 +1,4 @@
-"""FP16 of 14 real models on real inputs: does it load, is it valid, how near is it to FP32, and what stays in FP32 and why.
+"""FP16 of 14 real models on real inputs: does it load, is it valid, how near to FP32 is it, what stays FP32 and why.
 
     python benchmarks/fp16.py [model ...]
 
@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import int8_tasks
 import numpy as np
@@ -47,7 +46,9 @@ class Case:
 
 
 def main(names: list[str]) -> None:
-    print(f"{'model':26}{'valid':>6}{'plain dB':>10}{'rounded dB':>12}{'FP16':>6}{'FP32':>6}{'seconds':>9}  kept in FP32")
+    print(
+        f"{'model':26}{'valid':>6}{'plain dB':>10}{'rounded dB':>12}{'FP16':>6}{'FP32':>6}{'seconds':>9}  kept in FP32"
+    )
     right = 0
     chosen = [name for name in CASES if not names or name in names]
     for name in chosen:
@@ -99,7 +100,7 @@ def _short(reason: str) -> str:
     """Without the name and the number, so that reasons can be counted."""
     if "beyond half of what FP16 holds" in reason:
         return "beyond half of what FP16 holds"
-    return reason.split(": ")[-1] if "a value of" in reason else reason
+    return reason.rsplit(": ", maxsplit=1)[-1] if "a value of" in reason else reason
 
 
 def _run(model: Path, work: Path) -> dict[str, Array]:
@@ -165,7 +166,9 @@ def _resnet(folder: Path) -> Case:
         return f"{source}/relu"
 
     value, width = relu(conv("x", 3, 64, 7, 2)), 64
-    nodes.append(helper.make_node("MaxPool", [value], ["pool"], "pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4))
+    nodes.append(
+        helper.make_node("MaxPool", [value], ["pool"], "pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    )
     value = "pool"
     for stage, blocks in enumerate((3, 4, 6, 3)):
         inside = 64 * 2**stage

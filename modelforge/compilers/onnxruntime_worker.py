@@ -77,7 +77,7 @@ def time_batches(request: dict[str, Any]) -> dict[str, Any]:
 
 def _one_feed(array: Array, shape: list[Any]) -> Array:
     """A batch as it goes into a session: without the axis of samples where the model has none."""
-    return array if is_batched([size if isinstance(size, int) else "?" for size in shape]) else array[0]
+    return array if is_batched([size if isinstance(size, int) else "?" for size in shape]) else array[0, ...]
 
 
 _ROUNDS = (10, 200)
@@ -148,7 +148,7 @@ def run_model(request: dict[str, Any]) -> dict[str, Any]:
     collected = {each.name: _Collected(each.name, _shape(each)) for each in session.get_outputs()}
     samples = 0
     for count, arrays in _batches(Path(request["inputs"]), list(shapes), step):
-        feeds = {name: array if batched[name] else array[0] for name, array in arrays.items()}
+        feeds = {name: array if batched[name] else array[0, ...] for name, array in arrays.items()}
         for name, value in zip(names, _run(session, feeds, samples), strict=True):
             collected[name].add(value, count)
         samples += count

@@ -177,7 +177,7 @@ def _feeds(model: Path, samples: Path, step: int = 8) -> Iterator[dict[str, Any]
     }
     free = all(shape and isinstance(shape[0], str) for shape in shapes.values())
     for _, rows in stream_samples(samples, list(shapes), step if free else 1):
-        yield {name: array if is_batched(shapes[name]) else array[0] for name, array in rows.items()}
+        yield {name: array if is_batched(shapes[name]) else array[0, ...] for name, array in rows.items()}
 
 
 def _to_half(model: Path, folder: Path, prepared: Path, ranges: str) -> dict[str, Any]:

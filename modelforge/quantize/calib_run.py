@@ -239,10 +239,9 @@ class Calibration:
         assert self._activations is not None
         return self._activations
 
-    def _axis(self, proto: onnx.ModelProto, name: str, shapes: Mapping[str, Any]) -> int:
-        if name not in shapes:
-            raise DataError(f'the rank of "{name}" is not known, so its channels are not', where=str(self._model))
-        return channel_axis(proto, name, len(shapes[name]))
+    def _axis(self, proto: onnx.ModelProto, name: str, shapes: Mapping[str, Any]) -> int | None:
+        """Where a tensor's channels lie; None where its rank is not known: it is measured as a whole then."""
+        return channel_axis(proto, name, len(shapes[name])) if name in shapes else None
 
     def _sizes_at(self, feeds: Feeds) -> NDArray[np.int64] | None:
         """Elements of each probe at these input shapes (0 where the run tells); None where that is not known."""

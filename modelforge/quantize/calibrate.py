@@ -111,7 +111,7 @@ def _feeds(
             yield rows, arrays
         return
     for _, rows in stream_samples(Path(samples), list(inputs), batch if _is_free(inputs) else 1):
-        yield rows, {name: array if along_first[name] else array[0] for name, array in rows.items()}
+        yield rows, {name: array if along_first[name] else array[0, ...] for name, array in rows.items()}
 
 
 class _RowHasher:

@@ -6,6 +6,7 @@ A run pays for two conversions and for its depthwise layers, and gains by its lo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import onnx_ir
 
@@ -82,17 +83,13 @@ def _terms(node: onnx_ir.Node) -> tuple[int, bool]:
     weight = node.inputs[1]
     assert weight is not None
     assert weight.const_value is not None
-    shape = tuple(weight.const_value.shape)
-    size = 1
-    for each in shape:
-        size *= int(each)
+    shape = weight.const_value.numpy().shape
     if node.op_type == "Conv":
-        terms = size // max(int(shape[0]), 1)
-        return terms, shape[1] == 1 and node.attributes.get_int("group", 1) == shape[0]
+        return prod(shape[1:]), shape[1] == 1 and node.attributes.get_int("group", 1) == shape[0]
     if node.op_type == "ConvTranspose":
-        return int(shape[0]) // node.attributes.get_int("group", 1), False
+        return shape[0] // node.attributes.get_int("group", 1), False
     trans_b = node.attributes.get_int("transB", 0)
-    return int(shape[-1] if trans_b else shape[-2] if len(shape) > 1 else shape[0]), False
+    return (shape[-1] if trans_b else shape[-2] if len(shape) > 1 else shape[0]), False
 
 
 def _elements(value: onnx_ir.Value) -> int:

@@ -289,7 +289,7 @@ def _run(session: Any, samples: Path, count: int) -> tuple[dict[str, float], int
     for number, rows in stream_samples(Path(samples), list(inputs)):
         if seen == count:
             break
-        feeds = {name: array if is_batched(inputs[name]) else array[0] for name, array in rows.items()}
+        feeds = {name: array if is_batched(inputs[name]) else array[0, ...] for name, array in rows.items()}
         try:
             found = session.run(outputs, feeds)
         except Exception as error:  # its exceptions share no base class but this one

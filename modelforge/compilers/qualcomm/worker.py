@@ -42,9 +42,11 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "ep.context_enable": "1",
         "ep.context_file_path": request["context"],
         "ep.context_embed_mode": "1" if request["embed"] else "0",
-        "session.model_external_initializers_file_folder_path": os.path.dirname(request["model"]),
     }
-    # As bytes: the name of the context inside the .bin would be a hash of the model's path.
+    if os.path.exists(request["model"] + ".data"):
+        os.symlink(os.path.dirname(request["model"]), "lowered")
+        entries["session.model_external_initializers_file_folder_path"] = "lowered"
+    # As bytes, without a path of this machine: the name of the context, inside the .bin, holds a hash of the path.
     with open(request["model"], "rb") as stream:
         _session(stream.read(), request["provider"], entries)
     return {"seconds": round(time.monotonic() - begun, 2)}

@@ -6,12 +6,14 @@ file, or ``simulate``: hold it against the one that ships, and run it in the too
 
 import ctypes
 import importlib.machinery
+import itertools
 import json
 import os
 import re
 import shutil
 import struct
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +31,7 @@ _UNEXPLAINED = 64
 def main(request_file: str, answer_file: str) -> None:
     if _INSIDE not in os.environ:
         _begin_anew(request_file, answer_file)
+    tempfile._name_sequence = (f"{number:08d}" for number in itertools.count())  # type: ignore[attr-defined]
     sys.meta_path.insert(0, _NoTorch())
     try:
         answer: dict[str, Any] = {"result": work()}
@@ -171,6 +174,7 @@ def _begin_anew(request_file: str, answer_file: str) -> None:
         _put(path, os.path.basename(path))
     kept = {name: os.environ[name] for name in ("PYTHONHASHSEED", "OMP_NUM_THREADS") if name in os.environ}
     fixed = {_INSIDE: "1", "PATH": "/usr/bin:/bin", "HOME": ".", "TMPDIR": ".", "PYTHONDONTWRITEBYTECODE": "1"}
+    fixed["TQDM_DISABLE"] = "1"  # progress bars hold times, and their lengths shift the heap
     places = [os.path.relpath(file) for file in files]
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-s", "-P", os.path.abspath(__file__), *places], {**fixed, **kept})
