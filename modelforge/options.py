@@ -82,11 +82,9 @@ class RockchipSection(Section):
 
     Attributes:
         single_core: build for one NPU core (rk3588): a smaller file, for programs that run several models at once.
-        compress_weight: weights are compressed in the file, and unpacked as it is loaded.
     """
 
     single_core: StrictBool = False
-    compress_weight: StrictBool = False
 
 
 class QualcommSection(Section):

@@ -134,7 +134,7 @@ def latency_budget(about: Mapping[str, Any]) -> float | None:
     """``serving.latency_budget_ms`` of a bundle."""
     serving = about.get("serving")
     budget = serving.get("latency_budget_ms") if isinstance(serving, dict) else None
-    return float(budget) if isinstance(budget, (int, float)) and not isinstance(budget, bool) and budget > 0 else None
+    return float(budget) if isinstance(budget, (int, float)) and _is_time(budget) else None
 
 
 def recommend(curve: Curve, sizes: Sequence[int], budget_ms: float | None) -> Batching | None:
@@ -214,9 +214,14 @@ def _points(given: Any) -> dict[int, float]:
     """``{"1": 2.1, "4": 6.0}`` with the keys as numbers; what is no batch size or no time is passed over."""
     if not isinstance(given, dict):
         return {}
-    found = {int(key): float(value) for key, value in given.items() if str(key).isdecimal() and _is_time(value)}
+    found = {int(key): float(value) for key, value in given.items() if _is_size(key) and _is_time(value)}
     return {size: found[size] for size in sorted(found) if size > 0}
 
 
+def _is_size(key: Any) -> bool:
+    return isinstance(key, str) and key.isdecimal() and len(key) < 10
+
+
 def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    # A record may come from anywhere: whole numbers beyond a float's range are no times.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e15

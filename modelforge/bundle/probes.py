@@ -47,7 +47,10 @@ _ROCKCHIP = {
 # profiles have them (ExecuTorch backends/qualcomm/serialization/qc_schema.py).
 _QUALCOMM = {
     "qcom,sm8350": (68, 30),
+    "qcom,qcm6490": (68, 93),
+    "qcom,sm8450": (69, 36),
     "qcom,sm8550": (73, 43),
+    "qcom,qcs9100": (73, 77),
     "qcom,sm8650": (75, 57),
     "qcom,sm8750": (79, 69),
 }

@@ -221,6 +221,7 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
             for target in (variant.target for variant in built.plan.variants)
         },
         "profiles": _profiles(built),
+        **({"placement": dict(built.placement.facts)} if built.placement else {}),
         "dims": {symbol: dim.facts() for symbol, dim in recipe.dims.items()},
         **_preprocess(recipe),
         **_split(built),

@@ -13,7 +13,7 @@ from modelforge.forge.intake import Intake, require_build_extra, take_in
 from modelforge.forge.partition import CPU_COMPILER, host_of
 from modelforge.forge.rungs import RungPlan, Rungs, all_needs, compile_params
 from modelforge.forge.split_stages import Split, chosen_stages, is_npu, partition, split
-from modelforge.forge.stages import Stage, whole
+from modelforge.forge.stages import Stage, make_step, whole
 from modelforge.forge.step import Step
 from modelforge.recipe import Recipe, TargetSection, load_recipe
 from modelforge.target import Registry, Target
@@ -63,6 +63,7 @@ class Plan:
     Attributes:
         whole: the model as one stage; its baseline comes before all else.
         split: what the recipe's [split] makes of it; None where it is not split.
+        placement: holds the model against every target profile, by estimate.
         partitions: by target, how its NPU and the CPU beside it share the model.
         chains: of a split or partition, variants of all stages in order: what runs one after the other.
     """
@@ -71,6 +72,7 @@ class Plan:
     whole: Stage
     split: Split | None
     variants: tuple[VariantPlan, ...]
+    placement: Step
     partitions: Mapping[str, Split] = field(default_factory=dict)
     chains: tuple[ChainPlan, ...] = ()
 
@@ -106,6 +108,7 @@ class Plan:
         for variant in self.variants:
             for rung in variant.rungs:
                 ordered += rung.steps
+        ordered.append(self.placement)
         return list({step.key: step for step in ordered}.values())
 
     def certain(self) -> frozenset[str]:
@@ -113,7 +116,7 @@ class Plan:
 
         All of a deferred variant's do: on the device, a lower rung may be needed.
         """
-        steps = list(self.first)
+        steps = [*self.first, self.placement]
         for variant in self.variants:
             for rung in variant.rungs if variant.outcome == "deferred" else variant.rungs[:1]:
                 steps += rung.steps
@@ -157,7 +160,17 @@ def make_plan(path: Path, *, tags: Sequence[str] = (), allow_deferred: bool = Fa
             variants.append(_variant(rungs[stage], section, target, where, allow_deferred))
     chains = [] if parts is None else _chains(parts, variants, recipe.where("target"))
     chains += [chain for shared in partitions.values() for chain in _chains(shared, variants, recipe.where("target"))]
-    return Plan(intake, one, parts, tuple(variants), partitions, tuple(chains))
+    return Plan(intake, one, parts, tuple(variants), _placement(intake, registry), partitions, tuple(chains))
+
+
+def _placement(intake: Intake, registry: Registry) -> Step:
+    params = {
+        "model": intake.recipe.model.name,
+        "inputs": {name: list(shape) for name, shape in intake.inputs.items()},
+        "targets": {target.tag: target.path.read_text(encoding="utf-8") for target in registry},
+        "budget_ms": intake.recipe.serving.latency_budget_ms,
+    }
+    return make_step("placement", "estimate where the model can run", params, {"model": intake.model})
 
 
 def _shared(

@@ -107,6 +107,7 @@ class Built:
     baseline: Mapping[str, StepRecord]
     variants: tuple[VariantResult, ...]
     chains: tuple[ChainResult, ...] = ()
+    placement: StepRecord | None = None
 
 
 @dataclass
@@ -182,13 +183,14 @@ def run_plan(plan: Plan, store: Store, reporter: Reporter, *, jobs: int, executo
             baseline = {stage.name: runner.obtain(stage.baseline) for stage in plan.stages}
             results = [drivers.submit(_build_variant, runner, variant) for variant in plan.variants]
             variants = tuple(future.result() for future in results)
+            placed = _if_possible(runner, plan.placement)
             chains = tuple(_run_chain(runner, plan, variants, chain) for chain in plan.chains)
         except BaseException:
             process.kill_all()
             steps.shutdown(wait=False, cancel_futures=True)
             drivers.shutdown(wait=False, cancel_futures=True)
             raise
-    return Built(plan, prepared, baseline, variants, chains)
+    return Built(plan, prepared, baseline, variants, chains, placed)
 
 
 def _run_chain(runner: _Runner, plan: Plan, variants: tuple[VariantResult, ...], chain: ChainPlan) -> ChainResult:
@@ -243,13 +245,13 @@ def _build_rung(runner: _Runner, rung: RungPlan) -> RungResult:
         return result
     described = runner.obtain(rung.describe) if rung.describe else None
     raced = runner.obtain(rung.race) if rung.race else None
-    return replace(result, describe=described, race=raced, estimate=_estimate(runner, rung))
+    return replace(result, describe=described, race=raced, estimate=_if_possible(runner, rung.estimate))
 
 
-def _estimate(runner: _Runner, rung: RungPlan) -> StepRecord | None:
+def _if_possible(runner: _Runner, step: Step | None) -> StepRecord | None:
     """An estimate that cannot be made costs nothing else: the artifact is there, and was judged."""
     try:
-        return runner.obtain(rung.estimate) if rung.estimate else None
+        return runner.obtain(step) if step else None
     except ModelForgeError:
         return None
 

@@ -31,6 +31,8 @@ def candidates(planned: Planned) -> list[dict[str, Any]]:
 
 def tier_choices(problem: TierProblem) -> dict[str, Any]:
     """The best cuts over tiers and links, and how the best one changes with the bandwidth. JSON, all estimates."""
+    known = [cut for cut in top_cuts(problem, _CANDIDATES) if _is_known(problem, cut)]
+    swept = [(factor, cut) for factor, cut in sweep(problem, _SWEEP) if _is_known(problem, cut)]
     return {
         "estimate": True,
         "transport": problem.transport,
@@ -39,9 +41,18 @@ def tier_choices(problem: TierProblem) -> dict[str, Any]:
             {"from": near, "to": far, "latency_ms": link.latency * 1e3, "bandwidth": link.bandwidth}
             for (near, far), link in problem.links.items()
         ],
-        "cuts": [_cut_facts(cut) for cut in top_cuts(problem, _CANDIDATES)],
-        "sweep": [{"factor": factor, **_cut_facts(cut)} for factor, cut in sweep(problem, _SWEEP)],
+        "cuts": [_cut_facts(cut) for cut in known],
+        "sweep": [{"factor": factor, **_cut_facts(cut)} for factor, cut in swept],
     }
+
+
+def _is_known(problem: TierProblem, cut: TierCut) -> bool:
+    """Whether the size of all that travels is known: without it a way has no time."""
+    tensors = problem.graph.tensors
+    sent = {name for names in cut.crossing.values() for name in names}
+    if problem.return_outputs and len(cut.route) > 1:
+        sent |= {name for name in problem.graph.outputs if name in tensors}
+    return all(tensors[name].bytes is not None for name in sent if name in tensors)
 
 
 def _cut_facts(cut: TierCut) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from modelforge.toolchains import worker
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 1, "search": 2, "lower": 5, "compile": 2,
+    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 2, "search": 3, "lower": 6, "compile": 2,
     "verify": 5, "describe": 1, "race": 1, "estimate": 1,
+    "placement": 1,
 }  # fmt: skip
 """Part of each step's content key: raised whenever a function gives another result for the same inputs."""
 
@@ -286,6 +287,16 @@ def estimate(context: Context) -> Result:
         **{name: context.params[name] for name in ("compiler", "precision", "batches", "inputs")},
     }
     return Result(call("estimate", request, context, "estimating the latency"))
+
+
+def placement(context: Context) -> Result:
+    """The model beside every target profile. Params: model, inputs, targets (profile texts), budget_ms, timeout."""
+    params = context.params
+    request = {
+        "model": str(context.folder("model") / params["model"]),
+        **{name: params[name] for name in ("inputs", "targets", "budget_ms")},
+    }
+    return Result(call("placement", request, context, "estimating where the model can run"))
 
 
 def describe(context: Context) -> Result:

@@ -279,6 +279,40 @@ def estimate(request: Request) -> dict[str, Any]:
     return {"by_batch": {size: float(f"{taken:.4g}") for size, taken in times.items()}, "method": method}
 
 
+def placement(request: Request) -> dict[str, Any]:
+    """Where the model can run, by estimate: one row a target, at batch 1. See :mod:`modelforge.forge.placement`."""
+    from modelforge.forge.placement import placement_matrix
+    from modelforge.graph.inspect import inspect_model
+    from modelforge.graph.split_graph import read_layers
+    from modelforge.target import parse_target
+
+    model = Path(request["model"])
+    shapes = {name: tuple(shape) for name, shape in request["inputs"].items()}
+    symbols = {size for shape in shapes.values() for size in shape[:1] if isinstance(size, str)}
+    targets = [parse_target(text, Path(f"{tag}.toml")) for tag, text in sorted(request["targets"].items())]
+    # Not corrected by what this machine measured: the same inputs give the same bundle.
+    matrix = placement_matrix(
+        read_layers(model, dict.fromkeys(symbols, 1), shapes),
+        inspect_model(model, shapes=shapes, cost=False),
+        targets,
+        budget_ms=request["budget_ms"],
+        home=Path("/nonexistent"),
+    )
+    kept = ("precision", "verdict", "needed_bytes", "allowed_bytes", "latency_ms", "limit")
+    rows = [
+        {
+            "target": row.target.tag,
+            "tier": row.target.tier,
+            "verdict": row.verdict,
+            "precision": row.best.precision if row.best else None,
+            "why": row.why,
+            "estimates": [{name: getattr(each, name) for name in kept} for each in row.estimates],
+        }
+        for row in matrix.rows
+    ]
+    return {"budget_ms": matrix.budget_ms, "rows": rows}
+
+
 def subset(request: Request) -> dict[str, Any]:
     """The inputs of the first ``count`` samples, without labels."""
     import numpy as np

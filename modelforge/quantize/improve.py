@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from modelforge.graph.compare import open_session
 from modelforge.graph.load import load
+from modelforge.graph.output_groups import Group, find_output_groups
 from modelforge.quantize.dialects import WEIGHTED, get_dialect
 from modelforge.quantize.equalize import equalize
 from modelforge.quantize.qdq import QuantizeReport, quantize_model, write_checked
@@ -210,22 +211,25 @@ def correct_biases(reference: Path, quantized: Path, folder: Path, feeds: Feeds)
 
 
 def closeness(reference: Path, candidates: Sequence[Path], feeds: Feeds) -> list[float]:
-    """How near each candidate's outputs are to the reference's, in dB: SQNR of every channel of every output, averaged.
+    """How near each candidate's outputs are to the reference's, in dB: SQNR of every output, averaged.
 
-    By channel (axis 1), since an output may hold boxes of hundreds beside scores below 1; the noise of a channel that
-    is silent in the reference does not count, and none counts above :data:`CEILING_DB`, which is all but exact.
+    An output of several meanings counts once for each, as its boxes of hundreds would hide its scores below 1; they are
+    what the gate looks at, too. Not by single channel: what a class says that is never seen would count as much as what
+    the others say. A part that is silent in the reference does not count, and none counts above :data:`CEILING_DB`.
     """
     exact, others = open_session(reference), [open_session(candidate) for candidate in candidates]
     names = [output.name for output in exact.get_outputs() if output.type == "tensor(float)"]
-    signal: dict[str, Array] = {}
-    noise: dict[tuple[int, str], Array] = {}
+    groups = find_output_groups(reference)
+    parts = {name: [group for group in groups if group.output == name] for name in names}
+    signal = {name: np.zeros(max(len(parts[name]), 1)) for name in names}
+    noise = {(index, name): np.zeros_like(signal[name]) for index in range(len(others)) for name in names}
     for feed in feeds():
         wanted = [array.astype(np.float64) for array in exact.run(names, dict(feed))]
         for name, array in zip(names, wanted, strict=True):
-            signal[name] = _plus(signal.get(name), _by_channel(np.square(array)))
+            signal[name] += _energies(array, parts[name])
         for index, session in enumerate(others):
             for name, array, got in zip(names, wanted, session.run(names, dict(feed)), strict=True):
-                noise[index, name] = _plus(noise.get((index, name)), _by_channel(np.square(array - got)))
+                noise[index, name] += _energies(array - got, parts[name])
     return [_mean_db([(signal[name], noise[index, name]) for name in names]) for index in range(len(others))]
 
 
@@ -239,18 +243,12 @@ def _mean_db(pairs: Sequence[tuple[Array, Array]]) -> float:
     return float(found.mean()) if found.size else 0.0
 
 
-def _plus(total: Array | None, more: Array) -> Array:
-    """Where a length is open, channels beyond the shortest are left out."""
-    if total is None:
-        return more
-    length = min(len(total), len(more))
-    return np.asarray(total[:length] + more[:length])
-
-
-def _by_channel(values: Array) -> Array:
-    if values.ndim < 2:
-        return np.asarray(values.sum(keepdims=True).reshape(-1))
-    return np.asarray(values.sum(axis=tuple(place for place in range(values.ndim) if place != 1)))
+def _energies(values: Array, groups: Sequence[Group]) -> Array:
+    """Sum of squares of each group of channels; of all where there are none."""
+    squares = np.square(values)
+    if not groups:
+        return np.array([squares.sum()])
+    return np.array([squares[(slice(None),) * each.axis + (slice(each.start, each.stop),)].sum() for each in groups])
 
 
 def _correctable(graph: onnx_ir.Graph) -> tuple[list[onnx_ir.Node], dict[str, str]]:

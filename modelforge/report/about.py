@@ -16,6 +16,7 @@ from modelforge.report.documents import (
     Candidate,
     ChainDocument,
     OutputSource,
+    PlacementFacts,
     ServingFacts,
     StageDocument,
     TargetFacts,
@@ -53,6 +54,7 @@ class BundleFacts:
     serving: ServingFacts
     targets: Mapping[str, TargetFacts]
     split: Split | None
+    placement: PlacementFacts | None
     left_out: tuple[str, ...]
 
     @property
@@ -64,7 +66,8 @@ def read_about(about: Mapping[str, Any]) -> BundleFacts:
     reader = _Reader(about)
     serving = reader.take(_SERVING, "serving") or ServingFacts()
     targets = reader.take(_TARGETS, "targets") or {}
-    return BundleFacts(serving, targets, _split(reader), tuple(reader.left_out))
+    split, placement = _split(reader), reader.take(_PLACEMENT, "placement")
+    return BundleFacts(serving, targets, split, placement, tuple(reader.left_out))
 
 
 def _split(reader: _Reader) -> Split | None:
@@ -87,6 +90,7 @@ def _split(reader: _Reader) -> Split | None:
 
 _SERVING = TypeAdapter(ServingFacts)
 _TARGETS = TypeAdapter(dict[str, TargetFacts])
+_PLACEMENT = TypeAdapter(PlacementFacts)
 _STAGES = TypeAdapter(tuple[StageDocument, ...])
 _OUTPUTS = TypeAdapter(tuple[OutputSource, ...])
 _SIZES = TypeAdapter(dict[str, int])

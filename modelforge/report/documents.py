@@ -193,6 +193,34 @@ class TargetFacts(_Part):
     tier: str | None = None
 
 
+class PlaceEstimate(_Part):
+    """One target at one precision, estimated: what the model takes of what it may take, and how long it takes."""
+
+    precision: str
+    verdict: str
+    needed_bytes: Annotated[int, Field(ge=0, le=1 << 60)]
+    allowed_bytes: Annotated[int, Field(ge=0, le=1 << 60)]
+    latency_ms: Annotated[float, Field(ge=0, le=1e15)] | None = None
+
+
+class Place(_Part):
+    """One row of `about.placement`: a target beside the model."""
+
+    target: str
+    tier: str
+    verdict: str
+    precision: str | None = None
+    why: str = ""
+    estimates: tuple[PlaceEstimate, ...] = ()
+
+
+class PlacementFacts(_Part):
+    """`about.placement`: where the model can run, by estimate."""
+
+    budget_ms: Annotated[float, Field(gt=0, le=1e12)]
+    rows: tuple[Place, ...]
+
+
 class ServingFacts(_Part):
     """`about.serving`: what the recipe says for schedulers."""
 

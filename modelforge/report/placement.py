@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from modelforge.report.collect import Report, VariantReport
+from modelforge.report.documents import Place, PlacementFacts
 from modelforge.report.latency import approximate, budget_badge, delay_text, signed_percent, throughput_cell
 from modelforge.report.markup import (
     Cell,
     Child,
     Row,
     badge,
+    bytes_text,
     element,
     figure_cell,
     milliseconds,
@@ -22,8 +24,9 @@ from modelforge.report.markup import (
 def placement(report: Report, anchors: Sequence[str]) -> list[Child]:
     """Nothing where the bundle says neither tiers nor times."""
     timed = any(variant.timing.sizes for variant in report.variants)
+    elsewhere = _elsewhere(report.facts.placement)
     if not timed and not any(target.tier for target in report.facts.targets.values()):
-        return []
+        return elsewhere
     budget, fallback = report.facts.budget_ms, report.facts.serving.fallback
     rows = [_row(report, variant, anchor) for variant, anchor in zip(report.variants, anchors, strict=True)]
     columns = ["target", "device", "tier", "status", "precision", "one sample", "known by", "estimated",
@@ -43,7 +46,39 @@ def placement(report: Report, anchors: Sequence[str]) -> list[Child]:
             class_="soft",
         ),
     ]
-    return [table(caption, columns, rows), *path]
+    return [table(caption, columns, rows), *path, *elsewhere]
+
+
+def _elsewhere(facts: PlacementFacts | None) -> list[Child]:
+    """Every target profile beside the model, by estimate: also those that the bundle has no variant for."""
+    if facts is None or not facts.rows:
+        return []
+    columns = ["target", "tier", "can run it", "at", "one sample", "takes", "may take", "why not better"]
+    caption = f"Where the model can run, by estimate; an answer may take {milliseconds(facts.budget_ms)}"
+    return [table(caption, columns, [_place(place) for place in facts.rows[:_PLACES]])]
+
+
+def _place(place: Place) -> Row:
+    best = next((each for each in place.estimates if each.precision == place.precision), None)
+    best = best or (place.estimates[0] if place.estimates else None)
+    time = None if best is None else best.latency_ms
+    return [
+        place.target,
+        place.tier,
+        badge(place.verdict),
+        place.precision or number(None),
+        figure_cell(time, approximate(time)),
+        _bytes(best.needed_bytes if best else None),
+        _bytes(best.allowed_bytes if best else None),
+        element("span", place.why, class_="why") if place.why else number(None),
+    ]
+
+
+def _bytes(size: int | None) -> Cell:
+    return figure_cell(size, number(None) if size is None else bytes_text(size))
+
+
+_PLACES = 200
 
 
 def _row(report: Report, variant: VariantReport, anchor: str) -> Row:

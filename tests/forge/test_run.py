@@ -63,7 +63,7 @@ def a_plan(*variants: VariantPlan) -> Any:
     stage = SimpleNamespace(name="main", prepare=step("prepare", source), baseline=baseline)
     first = (baseline, stage.prepare)
     intake = SimpleNamespace(sources=(source,))
-    return SimpleNamespace(intake=intake, stages=(stage,), first=first, variants=variants, chains=())
+    return SimpleNamespace(intake=intake, stages=(stage,), first=first, variants=variants, chains=(), placement=None)
 
 
 def variant(tag: str, *rungs: RungPlan) -> VariantPlan:

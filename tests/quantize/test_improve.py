@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from modelforge.quantize.equalize import equalize
-from modelforge.quantize.improve import closeness, correct_biases, quantize_best
+from modelforge.quantize.improve import CEILING_DB, closeness, correct_biases, quantize_best
 from modelforge.quantize.qdq import quantize_model
 from modelforge.quantize.ranges import RangeTable
 from tests.graph.conftest import sqnr_db
@@ -103,24 +103,39 @@ def test_bias_correction_takes_the_mean_error_away(dialect: str, uneven: Path, t
     assert before.constant("project", 1).tolist() == after.constant("project", 1).tolist()
 
 
-def test_closeness_counts_small_channels_as_much_as_large_ones(tmp_path: Path) -> None:
-    scale = np.array([1000, 1], np.float32).reshape(1, 2, 1, 1)
-    wrong = {
-        "large": scale * np.array([1.01, 1], np.float32).reshape(scale.shape),
-        "small": scale * np.array([1, 1.01], np.float32).reshape(scale.shape),
-    }
-    feed = {"x": np.ones((1, 2, 2, 2), np.float32)}
-    models = {
-        name: write(
-            tmp_path / f"{name}.onnx", [N("Mul", ["x", "s"], ["y"])], {"x": [1, 2, 2, 2]}, {"y": [1, 2, 2, 2]}, {"s": s}
-        )
-        for name, s in {"exact": scale, **wrong}.items()
-    }
-    large, small, same = closeness(
-        models["exact"], [models["large"], models["small"], models["exact"]], lambda: iter([feed])
-    )
-    assert large == pytest.approx(small, abs=0.1)
-    assert same == pytest.approx(120)
+def test_closeness_counts_each_meaning_of_an_output_once(tmp_path: Path) -> None:
+    """Scores of 1 beside boxes of 1000: 1 % off in either is the same loss, and a silent class is none of its own."""
+    sizes = {"boxes": np.full(2, 1000, np.float32), "scores": np.array([1, 1e-4], np.float32)}
+    wrong = {"boxes": np.float32([1.01, 1.01]), "scores": np.float32([1.01, 1.01]), "silent": np.float32([1, 3])}
+
+    def model(name: str, boxes: np.ndarray, scores: np.ndarray) -> Path:
+        weights = {
+            "a": (sizes["boxes"] * boxes).reshape(1, 2, 1, 1),
+            "b": (sizes["scores"] * scores).reshape(1, 2, 1, 1),
+        }
+        nodes = [
+            N("Mul", ["x", "a"], ["boxes"]),
+            N("Sin", ["x"], ["s"]),
+            N("Div", ["s", "s"], ["one"]),
+            N("Mul", ["one", "b"], ["scaled"]),
+            N("Relu", ["scaled"], ["scores"]),
+            N("Concat", ["boxes", "scores"], ["y"], axis=1),
+        ]
+        return write(tmp_path / f"{name}.onnx", nodes, {"x": [1, 2, 2, 2]}, {"y": [1, 4, 2, 2]}, weights)
+
+    exact = np.ones(2, np.float32)
+    feed = {"x": np.random.default_rng(0).uniform(0.5, 1, (1, 2, 2, 2)).astype(np.float32)}
+    models = [
+        model("exact", exact, exact),
+        model("large", wrong["boxes"], exact),
+        model("small", exact, wrong["scores"]),
+        model("silent", exact, wrong["silent"]),
+    ]
+    same, large, small, silent = closeness(models[0], models, lambda: iter([feed]))
+    assert same == CEILING_DB
+    assert large == pytest.approx((40 + CEILING_DB) / 2, abs=0.1)
+    assert small == pytest.approx(large, abs=0.1)
+    assert silent > small + 10
 
 
 def test_the_best_candidate_is_what_is_written(uneven: Path, tmp_path: Path) -> None:

@@ -312,3 +312,22 @@ def test_never_inside_the_bundle(report: Report, bundle: Path, tmp_path: Path, p
 def test_where_no_file_can_be(report: Report, bundle: Path, tmp_path: Path, place: str) -> None:
     with pytest.raises(InputError):
         write_html(report, tmp_path / place, bundle=bundle)
+
+
+def test_where_else_the_model_can_run(make_bundle: MakeBundle) -> None:
+    estimate = {
+        "precision": "int8", "verdict": "yes", "needed_bytes": 2048, "allowed_bytes": 1 << 30, "latency_ms": 7.5,
+        "limit": "compute",
+    }  # fmt: skip
+    row = {
+        "target": "rv1106", "tier": "device", "verdict": "after quantization", "precision": "int8",
+        "why": "fp16: too much memory", "estimates": [estimate],
+    }  # fmt: skip
+    placement = {"budget_ms": 33.3, "rows": [row]}
+    page = page_of(make_bundle({}, about={**ABOUT, "placement": placement}))
+    text = " ".join(Structure(page).text)
+    for said in ("Where the model can run", "rv1106", "after quantization", "2.0 KiB", "too much memory"):
+        assert said in text
+    assert "~7.5" in text.replace("~ ", "~")
+    broken = page_of(make_bundle({}, about={**ABOUT, "placement": {"budget_ms": "x", "rows": [row]}}))
+    assert "placement.budget_ms" in " ".join(Structure(broken).text)

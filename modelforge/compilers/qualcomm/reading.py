@@ -6,6 +6,7 @@ Imports onnx; the vendor's environment has none, and what it says of itself is h
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from modelforge.graph.specialize import specialize
 _BORDER = frozenset(("QuantizeLinear", "DequantizeLinear", "Constant"))
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)
+_EXTERNAL_ABOVE = 1_500_000_000
+"""Bytes above which weights go beside the model: a protobuf message ends at 2 GiB."""
 _COMPATIBILITY = "ep_compatibility_info.QNNExecutionProvider"
 
 
@@ -31,9 +34,10 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     products, ``float_nodes`` (names of nodes that read no dequantized value and give a float one, by the FP32 tensors
     alone) and ``ports``: name, dtype and shape of inputs and outputs.
     """
-    path = Path(request["model"])
+    path, folder = Path(request["model"]), Path(request["folder"])
     if request["sizes"]:
-        path = specialize(path, Path(request["folder"]), request["sizes"])
+        path = specialize(path, folder, request["sizes"])
+    path = _with_own_constants(path, folder)
     model = onnx.load(path, load_external_data=False)
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = {value.name: value for group in (graph.value_info, graph.input, graph.output) for value in group}
@@ -50,6 +54,37 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
         "inputs": [_port(value) for value in graph.input if value.name not in weights],
         "outputs": [_port(value) for value in graph.output],
     }
+
+
+def _with_own_constants(path: Path, folder: Path) -> Path:
+    """The model, with a copy for each DequantizeLinear of a constant that several read.
+
+    QNN's provider makes one tensor of a constant, with the scale of its first reader: of two that are both 255, one for
+    6 and one for 1/6, both become 6 (onnxruntime-qnn 2.7.0; found as a classifier at 0 dB). Simplifiers merge them.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    readers = Counter(node.input[0] for node in graph.node if node.op_type == "DequantizeLinear")
+    shared = {name for name, count in readers.items() if count > 1 and name in weights}
+    if not shared:
+        return path
+    model = onnx.load(path)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    seen: Counter[str] = Counter()
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in shared:
+            continue
+        name = node.input[0]
+        seen[name] += 1
+        if seen[name] > 1:
+            own = model.graph.initializer.add()
+            own.CopyFrom(tensors[name])
+            own.name = node.input[0] = f"{name}/{seen[name]}/of/{node.name}"
+    out = folder / "own-constants"
+    out.mkdir(parents=True, exist_ok=True)
+    data = model.ByteSize() > _EXTERNAL_ABOVE
+    onnx.save(model, out / "model.onnx", save_as_external_data=data, location="model.onnx.data" if data else None)
+    return out / "model.onnx"
 
 
 def read_context(request: dict[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def _notes(built: building.Built) -> list[str]:
         total = sum(found["operators"].values())
         named = ", ".join(off[:3]) + (" ..." if len(off) > 3 else "")
         notes.append(f"{len(off)} of {total} operators run on the CPU: {named}")
+    if built.complaints:
+        notes.append(f"the toolkit logged errors and went on: {built.complaints[0]}")
     return notes
 
 
@@ -148,6 +150,7 @@ def _report(built: building.Built) -> dict[str, Any]:
         "layout": container.layout,
         "config": dict(manifest.config),
         "gears": [{"batch": gear.batch, "file": gear.file, "size": gear.size} for gear in manifest.gears],
+        "complaints": list(built.complaints),
         "delegation": built.delegation[str(manifest.gears[0].batch)],
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 from modelforge.compilers.protocol import CompileJob
 from modelforge.compilers.rockchip import preflight
 from modelforge.compilers.rockchip.container import Container, read_container
-from modelforge.compilers.rockchip.layers import delegation, read_layers
+from modelforge.compilers.rockchip.layers import delegation, read_complaints, read_layers
 from modelforge.compilers.rockchip.manifest import Gear, Manifest, Port
 from modelforge.errors import BuildError, UnsupportedError
 from modelforge.graph.inspect import inspect_model
@@ -29,12 +29,20 @@ _QDQ_LEVEL = 2
 
 @dataclass(frozen=True)
 class Built:
-    """What a job gave: the manifest, its files by name, one container as read back, and the delegation by gear."""
+    """What a job gave.
+
+    Attributes:
+        files: .rknn files by name.
+        container: one of them as read back from disk.
+        delegation: by batch.
+        complaints: lines that the toolkit logged as errors, and went on.
+    """
 
     manifest: Manifest
     files: Mapping[str, Path]
     container: Container
     delegation: Mapping[str, Any]
+    complaints: tuple[str, ...] = ()
 
 
 def build(job: CompileJob, environment: Environment) -> Built:
@@ -51,7 +59,7 @@ def build(job: CompileJob, environment: Environment) -> Built:
     inputs, outputs = _ports(job)
     symbol = preflight.batch_symbol(job.inputs)
     batches = job.dims[symbol].gears if symbol else (1,)
-    gears, files, told = [], {}, {}
+    gears, files, told, complaints = [], {}, {}, []
     container = None
     for batch in batches:
         name = f"main_b{batch}.rknn" if symbol else "main.rknn"
@@ -65,10 +73,13 @@ def build(job: CompileJob, environment: Environment) -> Built:
         what = f"RKNN-Toolkit2, building for {job.target.tag}"
         try:
             environments.call(environment, request, workdir=folder, timeout=job.timeout, what=what)
+        except UnsupportedError as error:
+            raise UnsupportedError(error.what, where=job.target.tag, fix=_last_complaint(folder)) from None
         finally:
             log = _clean_log(folder)
             with (job.workdir / "worker.log").open("a", encoding="utf-8") as stream:
                 stream.write(f"== {name}\n{log}")
+        complaints += read_complaints(log)
         container = _checked(path, arch.platform, environment.version)
         found = delegation(read_layers(log))
         _require_npu(found, job.target.tag)
@@ -77,7 +88,7 @@ def build(job: CompileJob, environment: Environment) -> Built:
         files[name], told[str(batch)] = path, found
     assert container is not None
     manifest = Manifest(arch.platform, environment.version, config, inputs, outputs, tuple(gears))
-    return Built(manifest, files, container, told)
+    return Built(manifest, files, container, told, tuple(dict.fromkeys(complaints)))
 
 
 def build_request(
@@ -102,8 +113,6 @@ def _config(job: CompileJob) -> dict[str, Any]:
         config["optimization_level"] = _QDQ_LEVEL
     if job.options.get("single_core"):
         config["single_core_mode"] = True
-    if job.options.get("compress_weight"):
-        config["compress_weight"] = True
     if job.preprocess:
         ((name, section),) = _single(job).items()
         _require_plain(name, section, len(job.inputs[name]))
@@ -182,6 +191,13 @@ def _require_npu(found: Mapping[str, Any], tag: str) -> None:
             where=tag,
             fix="build this model for the SoC's ARM cores instead, with a cortex target",
         )
+
+
+def _last_complaint(folder: Path) -> str | None:
+    """What the toolkit logged last as an error: with return code -1 it says nothing else."""
+    found = re.findall(r"^E (?!RKNN)([^\n]+)", _clean_log(folder), flags=re.MULTILINE)
+    told = [line for line in found if "rknn-toolkit2 version" not in line and "Traceback" not in line]
+    return f"the toolkit says: {told[-1].strip()}" if told else None
 
 
 _NOISE = re.compile(r"\x1b\[[0-9;]*m|\[\d\d:\d\d:\d\d\.\d{3}\] ?")

@@ -45,6 +45,11 @@ def read_layers(log: str) -> list[Layer]:
     return [found[key] for key in sorted(found)]
 
 
+def read_complaints(log: str) -> list[str]:
+    """What the toolkit's compiler logged as an error in a build that it then called a success, each line once."""
+    return list(dict.fromkeys(each.strip() for each in re.findall(r"E RKNN: *([^\n]+)", log)))
+
+
 def delegation(layers: Sequence[Layer]) -> dict[str, Any]:
     """How much runs where: JSON for the report; every figure None where the toolkit told nothing."""
     if not layers:

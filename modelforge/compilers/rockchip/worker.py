@@ -4,6 +4,8 @@
 file, or ``simulate``: hold it against the one that ships, and run it in the toolkit's PC simulator.
 """
 
+from __future__ import annotations
+
 import ctypes
 import importlib.machinery
 import itertools
@@ -19,6 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 Request = dict[str, Any]
+
+_RAISED = re.compile(r"^[A-Za-z_.]*(Error|Exception|Warning|InvalidGraph|Fail): ?")
+_REFUSES = re.compile(r"[Uu]n ?support|not (yet )?support|need to be constant|INVALID_GRAPH|NOT_IMPLEMENTED")
 
 _INSIDE = "MODELFORGE_RKNN_WORKER"
 _BUILD, _THEN, _FILE = "build.json", "then.json", "main.rknn"
@@ -38,7 +43,9 @@ def main(request_file: str, answer_file: str) -> None:
     except _Told as error:
         answer = {"error": error.answer}
     except Exception as error:  # the toolkit raises anything, and what it raises holds its own traceback as text
-        answer = {"error": {"type": "BuildError", "what": _last_line(str(error)) or type(error).__name__}}
+        what = _sentence(str(error)) or type(error).__name__
+        kind = "UnsupportedError" if _REFUSES.search(what) else "BuildError"
+        answer = {"error": {"type": kind, "what": what}}
     with open(answer_file + ".part", "w", encoding="utf-8") as stream:
         json.dump(answer, stream)
     os.replace(answer_file + ".part", answer_file)
@@ -212,42 +219,93 @@ class _Told(Exception):
         self.answer = {"type": kind, "what": what}
 
 
-def _last_line(text: str) -> str:
-    """The toolkit's own sentence, at the end of the tracebacks that it puts into its messages."""
-    clean = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [line.strip() for line in clean.splitlines() if line.strip()]
-    return re.sub(r"^[A-Za-z]*(Error|Exception): ", "", lines[-1]) if lines else ""
+def _sentence(text: str) -> str:
+    """The toolkit's own words, behind the last of the tracebacks that it puts into its messages."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    starts = [place for place, line in enumerate(lines) if _RAISED.match(line)]
+    words = lines[starts[-1] :] if starts else lines[-1:]
+    return _RAISED.sub("", " ".join(words), count=1)[:500]
 
 
 class _NoTorch:
-    """A ``torch`` that can be imported, subclassed and used as a decorator, and does nothing.
+    """A ``torch`` with the few functions that the toolkit uses of it for ONNX models; the rest of it says so when used.
 
-    The toolkit imports it at the top of its modules for its ``gdq`` quantizer, which is never called here.
+    The toolkit imports torch at the top of its modules, for a quantizer that is never called here, and reorders the
+    indices of a Gather with it.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] != "torch":
             return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]  # has what an importer needs
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]  # all it needs
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _NoTorchModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        pass
+        if module.__name__ == "torch":
+            given = {"arange": _arange, "cat": _cat, "split": _split, "no_grad": _decorator, "Tensor": _Indices}
+            vars(module).update(given)
 
 
 class _NoTorchModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = _decorator if name == "no_grad" else type(name, (), {})
+        made = type(name, (), {"__new__": _refuse(f"{self.__name__}.{name}")})
         setattr(self, name, made)
         return made
 
 
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"the toolkit wants {name}, which its environment leaves out")
+
+    return refuse
+
+
 def _decorator(*_: Any) -> Callable[[Any], Any]:
     return lambda function: function
+
+
+class _Indices:
+    """A tensor of integers, as far as the toolkit asks."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def reshape(self, *shape: Any) -> _Indices:
+        return _Indices(self.array.reshape(*shape))
+
+    def tolist(self) -> list[Any]:
+        found: list[Any] = self.array.tolist()
+        return found
+
+
+def _arange(count: int) -> _Indices:
+    import numpy as np
+
+    return _Indices(np.arange(count, dtype=np.int64))
+
+
+def _cat(parts: Any, dim: int = 0) -> _Indices:
+    import numpy as np
+
+    return _Indices(np.concatenate([part.array for part in parts], axis=dim))
+
+
+def _split(whole: _Indices, sizes: list[int], dim: int = 0) -> tuple[_Indices, ...]:
+    """Parts of these sizes along ``dim``, as ``torch.split`` with a list."""
+    import numpy as np
+
+    ends = np.cumsum(sizes)
+    if isinstance(sizes, int) or ends[-1] != whole.shape[dim]:
+        raise NotImplementedError(f"split of {whole.shape} into {sizes}")
+    return tuple(_Indices(part) for part in np.split(whole.array, ends[:-1], axis=dim))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tests.conftest import Forge, edit_targets
 pytestmark = pytest.mark.qualcomm
 
 
+@pytest.mark.slow  # builds and emulates: twenty seconds and more
 def test_digits_for_qualcomm(qualcomm_home: Path, digits: Path, tmp_path: Path) -> None:
     forge = Forge(qualcomm_home, tmp_path)
     edit_targets(digits, {"qualcomm-htp-v73": ["int8", "fp16"]})
