@@ -23,6 +23,10 @@ class Section(BaseModel):
         """What the recipe says, as JSON."""
         return self.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
 
+    def files(self) -> dict[str, str]:
+        """Files of the user's own that it names, relative to the recipe, by option. The compiler gets their paths."""
+        return {}
+
 
 class TensorRtSection(Section):
     """``[target.tensorrt]``: for TensorRT and TensorRT-RTX alike; docs/guides/tensorrt.md says what allows which.
@@ -97,6 +101,21 @@ class QualcommSection(Section):
 
     embed: StrictBool = False
     optimization: Annotated[int, Strict(), Field(ge=1, le=3)] | None = None
+
+
+class EthosUSection(Section):
+    """``[target.ethos-u]``: Arm's Vela.
+
+    Attributes:
+        model: the int8 .tflite form of the recipe's model, relative to the recipe: Vela reads no ONNX.
+        optimise: for speed, or for the least memory.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    optimise: Literal["performance", "size"] = "performance"
+
+    def files(self) -> dict[str, str]:
+        return {"model": self.model}
 
 
 class PreprocessSection(Section):

@@ -15,7 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, field_val
 from pydantic import ValidationError as _Fault
 
 from modelforge.errors import RecipeError, nearest
-from modelforge.options import AtcSection, Options, PreprocessSection, QualcommSection, RockchipSection, TensorRtSection
+from modelforge.options import (
+    AtcSection,
+    EthosUSection,
+    Options,
+    PreprocessSection,
+    QualcommSection,
+    RockchipSection,
+    Section,
+    TensorRtSection,
+)
 from modelforge.schema import dotted_key, explain, line_suffix
 from modelforge.target import TAG_PATTERN, PositiveFloat, PositiveInt, Precision, SchemaVersion
 
@@ -187,14 +196,30 @@ class TargetSection(_Strict):
     atc: AtcSection | None = None
     rockchip: RockchipSection | None = None
     qualcomm: QualcommSection | None = None
+    ethos_u: Annotated[EthosUSection | None, Field(alias="ethos-u")] = None
     options: dict[str, Any] = {}
 
     @property
     def sections(self) -> dict[str, Options]:
         """What the recipe says to single compilers, by ``Compiler.section``; ``options`` is for those of others."""
-        own = {"tensorrt": self.tensorrt, "atc": self.atc, "rockchip": self.rockchip, "qualcomm": self.qualcomm}
-        given: dict[str, Options] = {name: section.given() for name, section in own.items() if section is not None}
+        given: dict[str, Options] = {name: section.given() for name, section in self._own.items()}
         return given | ({"options": self.options} if self.options else {})
+
+    def files(self, section: str | None) -> dict[str, str]:
+        """The user's own files that a section names, by option: :meth:`modelforge.options.Section.files`."""
+        own = self._own.get(section or "")
+        return {} if own is None else own.files()
+
+    @property
+    def _own(self) -> dict[str, Section]:
+        own: dict[str, Section | None] = {
+            "tensorrt": self.tensorrt,
+            "atc": self.atc,
+            "rockchip": self.rockchip,
+            "qualcomm": self.qualcomm,
+            "ethos-u": self.ethos_u,
+        }
+        return {name: section for name, section in own.items() if section is not None}
 
     @field_validator("precision")
     @classmethod

@@ -82,8 +82,25 @@ class QualcommArchitecture(_Strict):
     soc_model: PositiveInt | None = None
 
 
+class EthosUArchitecture(_Strict):
+    """An Arm Ethos-U in one system: Vela's words for ``--accelerator-config``, ``--system-config``, ``--memory-mode``.
+
+    All three are given: with Vela's defaults a larger NPU comes out slower, and memory is laid out for another system.
+    """
+
+    kind: Literal["ethos-u"]
+    accelerator: str
+    system_config: str
+    memory_mode: str
+
+
 Architecture = Annotated[
-    CudaArchitecture | CpuArchitecture | AscendArchitecture | RockchipArchitecture | QualcommArchitecture,
+    CudaArchitecture
+    | CpuArchitecture
+    | AscendArchitecture
+    | RockchipArchitecture
+    | QualcommArchitecture
+    | EthosUArchitecture,
     Field(discriminator="kind"),
 ]
 
@@ -133,7 +150,7 @@ class Target:
     tier: Tier
     compilers: tuple[str, ...]
     precisions: tuple[Precision, ...]
-    arch: CudaArchitecture | CpuArchitecture | AscendArchitecture | RockchipArchitecture | QualcommArchitecture
+    arch: Architecture
     memory: Memory
     peak: Peak
     notes: tuple[str, ...]

@@ -64,6 +64,8 @@ def choose(intake: Intake, stage: Stage, section: TargetSection, target: Target,
             found = compiler.probe(target)
             if isinstance(found, Toolchain):
                 return Choice(compiler, found, None, tuple(accepted), tuple(refused))
+            if section.files(compiler.section):  # nothing else can run or judge the user's own file
+                raise ToolchainMissing(f"{compiler.title}: {found.reason}", where=where, fix=found.fix)
             lacking.append((compiler, found))
             absent = absent or Choice(compiler, None, found, tuple(accepted), tuple(refused))
     if absent is not None:
@@ -117,7 +119,8 @@ def _check_sections(section: TargetSection, target: Target, built: list[str], wh
 def _refusals(
     intake: Intake, stage: Stage, section: TargetSection, target: Target, compiler: Compiler, precision: str
 ) -> list[Refusal]:
-    if precision in ("int8", "mixed") and intake.calibration is None:
+    brings_own = bool(section.files(compiler.section))  # a file that the user quantized
+    if precision in ("int8", "mixed") and intake.calibration is None and not brings_own:
         what = f"{precision} needs calibration data, and the recipe has none"
         return [Refusal("no-calibration", what, "add [calibration] with `data`: some hundred real inputs")]
     if precision not in target.precisions:

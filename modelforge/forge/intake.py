@@ -222,6 +222,11 @@ def _metric_source(recipe: Recipe, metric: str) -> Source | None:
     return Source("metric", {name: digest_file(path).digest}, partial(_link_files, {name: path}))
 
 
+def file_source(title: str, path: Path) -> Source:
+    """One file of the user's own."""
+    return Source(title, {path.name: digest_file(path).digest}, partial(_link_files, {path.name: path}))
+
+
 def _link_files(paths: Mapping[str, Path], folder: Path) -> None:
     for name, path in paths.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

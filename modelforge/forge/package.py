@@ -53,7 +53,7 @@ def variant_record(result: VariantResult, built: Built) -> VariantRecord:
         data["runtime"] = {"requires": facts["requires"]} | ({"needs": facts["needs"]} if facts["needs"] else {})
         data["commands"] = tuple(tuple(command) for command in facts["commands"])
         notes = [*facts["notes"], *notes]
-        if chosen.verify.facts["evidence"] == "reference":
+        if chosen.verify.facts["evidence"] == "reference" and not chosen.verify.facts.get("own"):
             notes.append("the artifact itself was not run: its lowered model was, in ONNX Runtime")
     notes += chosen.verify.facts["notes"]
     if suspicion := chosen.verify.facts["accuracy"].get("suspicion"):

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from modelforge.compilers.protocol import Compiler
+from modelforge.errors import RecipeError
 from modelforge.forge.choice import Choice
-from modelforge.forge.intake import Intake
+from modelforge.forge.intake import Intake, file_source
 from modelforge.forge.stages import Stage, make_step
 from modelforge.forge.step import Source, Step
 from modelforge.recipe import TargetSection
@@ -66,6 +67,23 @@ def compile_params(intake: Intake, stage: Stage, section: TargetSection, compile
     return params
 
 
+def own_files(intake: Intake, section: TargetSection, compiler: Compiler) -> dict[str, Source]:
+    """The user's own files that a target's options name, by option.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    found = {}
+    for option, name in section.files(compiler.section).items():
+        path = intake.recipe.folder / name
+        if not path.is_file():
+            index = intake.recipe.targets.index(section)
+            where = intake.recipe.where("target", index, str(compiler.section), option)
+            raise RecipeError(f"there is no file {name}", where=where, fix="give a path relative to the recipe")
+        found[f"own-{option}"] = file_source(option, path)
+    return found
+
+
 def stage_shapes(stage: Stage) -> dict[str, list[int | str]]:
     """The shapes of a stage's inputs, as JSON."""
     return {name: list(shape) for name, shape in stage.inputs.items()}
@@ -87,7 +105,9 @@ class Rungs:
             "target": target.path.read_text(encoding="utf-8"),
             "precision": precision,
         }
-        lower = self._lower(precision, compiler.dialect(target), _needs_reduced_range(target))
+        own = own_files(self.intake, section, compiler)
+        lowered = "fp32" if own else precision  # the user's own file is lowered already
+        lower = self._lower(lowered, compiler.dialect(target), _needs_reduced_range(target))
         needs: dict[str, Step | Source] = {
             "lowered": lower,
             "samples": self.stage.samples,
@@ -100,7 +120,7 @@ class Rungs:
             job = compile_params(self.intake, self.stage, section, compiler)
             params = {**profile, "code": compiler.code_version, **job}
             title = self.stage.titled(f"compile {target.tag} {precision}")
-            build = make_step("compile", title, params, {"lowered": lower}, found.versions)
+            build = make_step("compile", title, params, {"lowered": lower, **own}, found.versions)
             needs["compiled"] = build
         evidence = (compiler.runner(target) if build else None) or "reference"
         judged = {
@@ -110,6 +130,8 @@ class Rungs:
             "samples": self._judged(evidence),
             "metric": dict(self.stage.metric),
         }
+        if own:
+            judged["own"] = True
         if evidence == "device" and self.intake.recipe.serving.latency_budget_ms is not None:
             judged["timed"] = list(self._batches)
         verify = make_step("verify", self.stage.titled(f"verify {target.tag} {precision}"), judged, needs)

@@ -153,13 +153,19 @@ def compile(context: Context) -> Result:
         dims={symbol: Dim.model_validate(dim) for symbol, dim in params["dims"].items()},
         workdir=workdir,
         timeout=params["timeout"],
-        options=params.get("options", {}),
+        options={**params.get("options", {}), **_own_files(context)},
         preprocess={
             name: PreprocessSection.model_validate(each) for name, each in params.get("preprocess", {}).items()
         },
     )
     facts, files = compile_model(compiler, job, {str(context.workdir): "WORK"})
     return Result(facts, files)
+
+
+def _own_files(context: Context) -> dict[str, str]:
+    """Options that name a file of the user's own, as paths."""
+    own = {need.removeprefix("own-"): need for need in context.needs if need.startswith("own-")}
+    return {option: str(context.folder(need) / next(iter(context.files(need)))) for option, need in own.items()}
 
 
 def verify(context: Context) -> Result:
@@ -172,7 +178,7 @@ def verify(context: Context) -> Result:
     outputs = context.workdir / "outputs.npz"
     ran: dict[str, Any] = {"evidence": params["evidence"], "notes": [], "latency": {}}
     samples = context.files("samples")["samples.npz"]
-    if params["evidence"] == "reference":
+    if params["evidence"] == "reference" and not params.get("own"):
         model = context.folder("lowered") / "model.onnx"
         inputs = _subset(samples, params["samples"], context)
         ran["notes"] = run_lowered(model, inputs, outputs, context.workdir, context)
@@ -195,6 +201,7 @@ def verify(context: Context) -> Result:
         )
         result = get_compiler(params["compiler"]).run(job)
         ran = {"evidence": result.evidence, "notes": list(result.notes), "latency": dict(result.latency)}
+        ran |= {"own": True} if params.get("own") else {}
     request = {
         "samples": str(samples),
         "reference": str(context.files("reference")["outputs.npz"]),

@@ -111,8 +111,8 @@ def test_the_qualcomm_table_agrees_with_the_profiles() -> None:
     }
     assert profiles <= {
         (found[0]["htp_arch"], found[0]["soc_model"])
-        for name in ("qcom,sm8350", "qcom,sm8550", "qcom,sm8650", "qcom,sm8750")
-        if (found := probes.qualcomm((name,), "aarch64"))
+        for name in ("sm8350", "qcm6490", "sm8450", "sm8550", "qcs9100", "sm8650", "sm8750")
+        if (found := probes.qualcomm((f"qcom,{name}",), "aarch64"))
     }
 
 

@@ -59,7 +59,7 @@ def test_it_builds_a_bundle(forge: Forge, recipe: Path) -> None:
     assert record["accuracy"]["evidence"] == "reference"
     assert record["accuracy"]["gate"] == "passed"
     digest = record["artifact"]["digest"].removeprefix("sha256:")
-    blob = Path(built.json["path"]) / "blobs" / "sha256" / digest
+    blob = forge.cwd / built.json["path"] / "blobs" / "sha256" / digest
     assert blob.read_bytes().startswith(b"DUMMY\0")
 
     again = with_dummy(forge, "build", recipe, "--json")

@@ -26,7 +26,8 @@ SYSTEMS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 MEMORY_MODES = (
-    "Sram_Only", "Shared_Sram", "Dedicated_Sram", "Dedicated_Sram_256KB", "Dedicated_Sram_384KB", "Dedicated_Sram_512KB",
+    "Sram_Only", "Shared_Sram", "Dedicated_Sram",
+    "Dedicated_Sram_256KB", "Dedicated_Sram_384KB", "Dedicated_Sram_512KB",
 )  # fmt: skip
 _NO_DEDICATED = "ethos-u55"
 """``vela.ini``: "The Dedicated SRAM memory mode is valid for the Ethos-U65 and the Ethos-U85"."""

@@ -64,7 +64,7 @@ def _port(name: str, shape: Sequence[int | str], found: Mapping[str, Any], input
     tensor = f"{found['tensor']} of the .tflite file"
     if found["dtype"] not in _INTEGERS or found["scale"] is None:
         raise UnsupportedError(
-            f"{tensor} is {found['dtype']}: Ethos-U computes in integers, and Vela would leave a float model to the CPU",
+            f"{tensor} is {found['dtype']}: Ethos-U computes in integers, and Vela leaves a float model to the CPU",
             where=name,
             fix="quantize inputs, outputs and all between to int8 when you convert the model",
         )

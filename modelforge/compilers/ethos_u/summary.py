@@ -10,8 +10,12 @@ from typing import Any
 from modelforge.errors import BuildError
 
 _OPERATORS = re.compile(r"^(?P<place>CPU|NPU) operators = (?P<count>\d+)", re.MULTILINE)
-# --show-cpu-operations: 'Warning: SOFTMAX "name" ...' or 'CPU operator: Name: NAME, Type: TYPE'
-_ON_CPU = re.compile(r'^(?:Info|Warning): (?P<op>[A-Z0-9_]+) \'(?P<name>[^\']*)\' is a CPU only op', re.MULTILINE)
+# Of U55 and U65: "Warning (supported operators) operator: RESHAPE, ofm: 'features'"; of U85: "   CPU: Conv2D = name (".
+_ON_CPU = re.compile(
+    r"^(?:Warning \(supported operators\) operator: (?P<op>\w+), ofm: '(?P<name>[^']*)'"
+    r"| *CPU: (?P<op85>\w+) = (?P<name85>\S+))",
+    re.MULTILINE,
+)
 _FIGURES = {
     "cycles_total": "cycles",
     "cycles_npu": "npu_cycles",
@@ -51,6 +55,6 @@ def read_delegation(log: str, macs: int) -> dict[str, Any]:
     return {
         "operators": {"npu": counts["npu"], "cpu": counts["cpu"]},
         "macs": {"npu": macs, "cpu": 0} if counts["cpu"] == 0 else None,
-        "off_npu": [f"{each['op']} {each['name']}" for each in _ON_CPU.finditer(log)],
+        "off_npu": [f"{each['op'] or each['op85']} {each['name'] or each['name85']}" for each in _ON_CPU.finditer(log)],
         "source": "Vela's summary: operators after its graph optimisation",
     }

@@ -46,7 +46,9 @@ def inspect(request: dict[str, Any]) -> dict[str, Any]:
 def compile_model(request: dict[str, Any]) -> dict[str, Any]:
     """``vela model.tflite ...`` in the working folder; its result and its CSV are named in the answer."""
     os.symlink(request["model"], "main.tflite")  # Vela names its files after the model's
-    code = importlib.import_module("ethosu.vela.vela").main(["main.tflite", "--output-dir", "vela", *request["options"]])
+    code = importlib.import_module("ethosu.vela.vela").main(
+        ["main.tflite", "--output-dir", "vela", *request["options"]]
+    )
     if code:
         raise RuntimeError(f"Vela ended with {code}")
     summaries = sorted(name for name in os.listdir("vela") if name.endswith(".csv"))
@@ -108,18 +110,12 @@ def _port(detail: Any) -> dict[str, Any]:
 
 
 def _interpreter(model: str) -> Any:
-    from ai_edge_litert.interpreter import Interpreter
-
-    # The reference kernels: bit for bit what the format's specification says, as Ethos-U's are promised to be.
-    interpreter = Interpreter(model_path=model, num_threads=1, experimental_op_resolver_type=_reference_kernels())
+    litert = importlib.import_module("ai_edge_litert.interpreter")
+    # The reference kernels: the plain ones, without what this machine's CPU would round otherwise.
+    kernels = litert.OpResolverType.BUILTIN_REF
+    interpreter = litert.Interpreter(model_path=model, num_threads=1, experimental_op_resolver_type=kernels)
     interpreter.allocate_tensors()
     return interpreter
-
-
-def _reference_kernels() -> Any:
-    from ai_edge_litert.interpreter import OpResolverType
-
-    return OpResolverType.BUILTIN_REF
 
 
 if __name__ == "__main__":

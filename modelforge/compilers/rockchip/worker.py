@@ -7,6 +7,7 @@ file, or ``simulate``: hold it against the one that ships, and run it in the too
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.machinery
 import itertools
 import json
@@ -252,6 +253,8 @@ class _NoTorchModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in ("nn", "functional"):  # from torch import nn
+            return importlib.import_module(f"{self.__name__}.{name}")
         made = type(name, (), {"__new__": _refuse(f"{self.__name__}.{name}")})
         setattr(self, name, made)
         return made

@@ -37,7 +37,9 @@ def describe(folder: Path, *, floats: bool = False) -> dict[str, Any]:
         if name not in tensors:
             shape = shapes[name]
             found = activation_parameters(table[name], get_dialect("rockchip"), "minmax")
-            scale, zero = (tensors[like]["scale"], tensors[like]["zero"]) if like else ([found.scale], [found.zero_point])
+            scale, zero = (
+                (tensors[like]["scale"], tensors[like]["zero"]) if like else ([found.scale], [found.zero_point])
+            )
             quantized = {"dtype": "int8", "scale": scale, "zero": zero}
             plain = {"dtype": "float32", "scale": None, "zero": None}
             nhwc = [shape[0], *shape[2:], shape[1]] if len(shape) == 4 else shape
@@ -49,7 +51,8 @@ def describe(folder: Path, *, floats: bool = False) -> dict[str, Any]:
         zero = None if scale is None else [0] * np.size(scale)
         scales = None if scale is None else np.atleast_1d(scale).tolist()
         tensors[name] = {
-            "name": name, "shape": list(array.shape), "dtype": dtype, "data": array.tolist(), "scale": scales, "zero": zero,
+            "name": name, "shape": list(array.shape), "dtype": dtype, "data": array.tolist(),
+            "scale": scales, "zero": zero,
         }  # fmt: skip
         return name
 
