@@ -22,9 +22,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests" / "doubles" / "dummy_toolchain"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "doubles" / "dummy_toolchain"))
 
 from modelforge.toolchains.definition import Definition, get_definition
 from modelforge.toolchains.environments import Environment, call, find, install

@@ -15,7 +15,8 @@ PROFILES = sorted(builtin_folder().glob("*.toml"))
 PROMISED = """
     t4 a100 h100 v100 l4 jetson-agx-orin jetson-orin-nano jetson-thor x86-64 x86-64-avx512 armv8 cortex-a53 cortex-a72
     cortex-a76 neoverse-n1 ascend-310 ascend-310p3 ascend-310b4 ascend-910a ascend-910b3 rk3588 rk3576 rk3566 rv1106
-    qualcomm-htp-v68 qualcomm-htp-v69 qualcomm-htp-v73 qualcomm-htp-v75 qualcomm-htp-v79 qualcomm-qcm6490 qualcomm-qcs9100
+    qualcomm-htp-v68 qualcomm-htp-v69 qualcomm-htp-v73 qualcomm-htp-v75 qualcomm-htp-v79 qualcomm-qcm6490
+    qualcomm-qcs9100
     ethos-u55-128 ethos-u65-256 ethos-u85-256
 """
 COMPILERS = {"tensorrt", "tensorrt-rtx", "tvm", "onnxruntime", "ascend", "rockchip", "qualcomm", "ethos-u"}

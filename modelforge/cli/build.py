@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    from modelforge.forge.intake import require_build_extra
+
+    require_build_extra()
     from modelforge.cli.progress import Progress
     from modelforge.forge.build import build
 

@@ -36,6 +36,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         from modelforge.cli.matrix import show_matrix
 
         return show_matrix(args, console)
+    from modelforge.forge.intake import require_build_extra
+
+    require_build_extra()
     from modelforge.forge.plan import make_plan
     from modelforge.store import Store
 

@@ -81,9 +81,13 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+_ARCH_KEYS = {
+    "cuda": "sm", "cpu": "mcpu", "ascend": "soc_version", "rockchip": "platform", "qualcomm": "htp_arch",
+    "ethos-u": "accelerator",
+}  # fmt: skip
+
+
 def _arch(arch: dict[str, Any]) -> str:
-    key = {"cuda": "sm", "cpu": "mcpu", "ascend": "soc_version", "rockchip": "platform", "qualcomm": "htp_arch"}[
-        arch["kind"]
-    ]
+    key = _ARCH_KEYS[arch["kind"]]
     prefix = {"cuda": "sm_", "qualcomm": "htp v"}.get(arch["kind"], "")
     return f"{prefix}{arch[key]}"

@@ -51,6 +51,10 @@ class Refusal:
     source: str = ""
 
 
+OWN_FILE: Final = "own-file"
+"""The rule of a refusal for want of a file that the user makes and the recipe names."""
+
+
 @dataclass(frozen=True)
 class CompileJob:
     """What a compiler gets.

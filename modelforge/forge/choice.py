@@ -119,15 +119,15 @@ def _check_sections(section: TargetSection, target: Target, built: list[str], wh
 def _refusals(
     intake: Intake, stage: Stage, section: TargetSection, target: Target, compiler: Compiler, precision: str
 ) -> list[Refusal]:
-    brings_own = bool(section.files(compiler.section))  # a file that the user quantized
-    if precision in ("int8", "mixed") and intake.calibration is None and not brings_own:
-        what = f"{precision} needs calibration data, and the recipe has none"
-        return [Refusal("no-calibration", what, "add [calibration] with `data`: some hundred real inputs")]
     if precision not in target.precisions:
         what = f"{target.title} has no hardware support for {precision}"
         return [Refusal("hardware", what, f"its precisions: {', '.join(target.precisions)}")]
     options = section.sections.get(compiler.section or "", NO_OPTIONS)
     refusals = compiler.supports(stage.facts, target, precision, stage.inputs, intake.recipe.dims, options)
+    brings_own = bool(section.files(compiler.section))  # a file that the user quantized
+    if not refusals and precision in ("int8", "mixed") and intake.calibration is None and not brings_own:
+        what = f"{precision} needs calibration data, and the recipe has none"
+        return [Refusal("no-calibration", what, "add [calibration] with `data`: some hundred real inputs")]
     if refusals or stage.name != "main":  # the stages of a split model are no files yet
         return refusals
     return compiler.supports_model(intake.recipe.model, target, options)

@@ -71,6 +71,7 @@ EFFICIENCY: Mapping[str, Efficiency] = {
     ),
     "ascend": Efficiency(0.3, 0.3, 0.05, 0.6, 10e-6, "estimate: no figure for one inference was found"),
     "qualcomm": Efficiency(0.3, 0.1, 0.02, 0.5, 30e-6, "estimate: no figure for one inference was found"),
+    "ethos-u": Efficiency(0.3, 0.1, 0.02, 0.5, 30e-6, "estimate: Vela's own figure of each model is in vela.csv"),
 }  # fmt: skip
 _UNKNOWN = Efficiency(0.3, 0.3, 0.1, 0.5, 10e-6, "estimate: nothing is known of this compiler")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelforge.compilers import compiler_names, get_compiler
+from modelforge.compilers.protocol import OWN_FILE
 from modelforge.errors import BuildError, InputError, nearest
 from modelforge.forge.efficiency import FLOAT_BYTES, PRECISIONS, Factor, factor_for, machine_for
 from modelforge.graph.cuts import live_bytes
@@ -198,7 +199,7 @@ def estimate(
     load: Load, facts: ModelFacts, target: Target, precision: str, budget_ms: float, home: Path | None = None
 ) -> Estimate:
     """One target at one precision, by the first of its compilers that takes the model."""
-    compiler, refusal = _compiler(facts, target, precision)
+    compiler, refusal, own_file = _compiler(facts, target, precision)
     needed = load.memory(precision)
     allowed = int(target.memory.bytes * MEMORY_SHARE[target.tier])
     machine = machine_for(target, precision, compiler)
@@ -211,8 +212,8 @@ def estimate(
         fitting = [batch for batch in BATCHES if _is_open(facts) and load.memory(precision, batch) <= allowed]
         batches = {batch: load.seconds(precision, machine, batch) * factor.value * 1e3 for batch in fitting}
     verdict, why = "yes", ""
-    if refusal:
-        verdict, why = "unsupported", refusal
+    if refusal:  # what it would say of a file that the user has yet to make is not known
+        verdict, why = "unknown" if own_file else "unsupported", refusal
     elif needed > allowed:
         verdict, why = "memory", f"needs {needed / 2**20:.0f} MiB, may take {allowed / 2**20:.0f} MiB"
     elif latency is None:
@@ -318,10 +319,10 @@ def _tier(tier: str, rows: Sequence[Row]) -> TierRow:
     )
 
 
-def _compiler(facts: ModelFacts, target: Target, precision: str) -> tuple[str, str]:
-    """The first compiler that takes the model, and else why the first that is built does not."""
+def _compiler(facts: ModelFacts, target: Target, precision: str) -> tuple[str, str, bool]:
+    """The first compiler that takes the model, and else why the first that is built does not: for want of a file?"""
     inputs = {tensor.name: tuple(_size(size) for size in tensor.shape or ()) for tensor in facts.inputs}
-    refused: tuple[str, str] | None = None
+    refused: tuple[str, str, bool] | None = None
     for name in target.compilers:
         if name not in compiler_names():
             continue
@@ -330,9 +331,9 @@ def _compiler(facts: ModelFacts, target: Target, precision: str) -> tuple[str, s
         except BuildError:  # another package's compiler that cannot be loaded; the next may do
             continue
         if not refusals:
-            return name, ""
-        refused = refused or (name, refusals[0].what)
-    return refused or (target.compilers[0], "")
+            return name, "", False
+        refused = refused or (name, refusals[0].what, refusals[0].rule == OWN_FILE)
+    return refused or (target.compilers[0], "", False)
 
 
 def _size(size: int | str) -> int | str:

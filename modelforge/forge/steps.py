@@ -22,7 +22,7 @@ from modelforge.toolchains import worker
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 2, "search": 3, "lower": 6, "compile": 2,
+    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 2, "search": 3, "lower": 7, "compile": 2,
     "verify": 5, "describe": 1, "race": 1, "estimate": 1,
     "placement": 1,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from modelforge.compilers.ethos_u import building, configurations
-from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
+from modelforge.compilers.protocol import OWN_FILE, Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
 from modelforge.errors import BuildError
 from modelforge.graph.facts import ModelFacts
 from modelforge.options import NO_OPTIONS, Options
@@ -75,7 +75,7 @@ class EthosUCompiler:
         if "model" not in options:
             what = "Vela reads .tflite files, and ModelForge makes none"
             fix = 'convert and quantize the model yourself, and name it: [target.ethos-u] model = "model.tflite"'
-            found.append(Refusal("no-tflite", what, fix))
+            found.append(Refusal(OWN_FILE, what, fix))
         return found
 
     def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:

@@ -12,7 +12,6 @@ from modelforge.compilers.ethos_u.ports import Port, match_ports
 from modelforge.compilers.ethos_u.summary import read_delegation, read_summary
 from modelforge.compilers.protocol import CompileJob
 from modelforge.errors import BuildError, UnsupportedError
-from modelforge.graph.inspect import inspect_model
 from modelforge.target import EthosUArchitecture
 from modelforge.toolchains import environments
 from modelforge.toolchains.environments import Environment
@@ -73,6 +72,8 @@ def _ports(job: CompileJob, environment: Environment, given: Path) -> tuple[tupl
     request = {"action": "inspect", "model": str(given)}
     what = f"LiteRT, reading {given.name}"
     told = environments.call(environment, request, workdir=job.workdir / "read", timeout=job.timeout, what=what)
+    from modelforge.graph.inspect import inspect_model  # heavy: onnx
+
     facts = inspect_model(job.model, cost=False)
     outputs = {tensor.name: tensor.shape or () for tensor in facts.outputs}
     inputs = {tensor.name: job.inputs[tensor.name] for tensor in facts.inputs}

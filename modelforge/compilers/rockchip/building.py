@@ -14,7 +14,6 @@ from modelforge.compilers.rockchip.container import Container, read_container
 from modelforge.compilers.rockchip.layers import delegation, read_complaints, read_layers
 from modelforge.compilers.rockchip.manifest import Gear, Manifest, Port
 from modelforge.errors import BuildError, UnsupportedError
-from modelforge.graph.inspect import inspect_model
 from modelforge.options import PreprocessSection
 from modelforge.store import digest_file
 from modelforge.target import RockchipArchitecture
@@ -153,6 +152,8 @@ def _require_plain(name: str, section: PreprocessSection, rank: int) -> None:
 
 
 def _ports(job: CompileJob) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    from modelforge.graph.inspect import inspect_model  # heavy: onnx
+
     facts = inspect_model(job.model, cost=False)
     dtypes = {tensor.name: tensor.dtype for tensor in facts.inputs}
     inputs = []

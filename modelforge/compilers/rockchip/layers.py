@@ -72,19 +72,18 @@ def _places(operators: Mapping[str, int]) -> list[str]:
     return ["npu", "cpu", *sorted(set(operators) - {"npu", "cpu"})]
 
 
-def _shapes(text: str) -> list[tuple[int, ...]] | None:
-    """``(1,3,48,192),(8,3,3,3)``; None where it was cut off or says something else."""
-    if not re.fullmatch(r"\((\d+,?)*\)(,\((\d+,?)*\))*", text):
-        return None
-    return [tuple(int(size) for size in part.split(",") if size) for part in re.findall(r"\(([^)]*)\)", text)]
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    """``(1,3,48,192),(8,3,3,3),...``: the shapes that are whole; the table cuts long lists off."""
+    found = re.findall(r"\((\d+(?:,\d+)*),?\)", text)
+    return [tuple(int(size) for size in part.split(",")) for part in found]
 
 
-def _macs(op: str, inputs: list[tuple[int, ...]] | None, outputs: list[tuple[int, ...]] | None) -> int | None:
+def _macs(op: str, inputs: list[tuple[int, ...]], outputs: list[tuple[int, ...]]) -> int | None:
     """0 for all that is no product with weights or of two tensors; None where the shapes do not tell."""
-    is_product = "Conv" in op or "MatMul" in op or "Gemm" in op
+    is_product = "MatMul" in op or "Gemm" in op or ("Conv" in op and "Convert" not in op)  # exDataConvert is none
     if not is_product:
         return 0
-    if not inputs or not outputs or len(inputs) < 2:
+    if not outputs or len(inputs) < 2:
         return None
     first, weight, out = inputs[0], inputs[1], outputs[0]
     if "Conv" not in op:

@@ -60,7 +60,7 @@ def test_only_int8_and_only_with_a_file() -> None:
     target = replace(Registry().get("ethos-u55-128"))
     supports: Any = EthosUCompiler().supports
     assert [each.rule for each in supports(None, target, "int8", {}, {}, {"model": "m.tflite"})] == []
-    assert [each.rule for each in supports(None, target, "fp16", {}, {}, {})] == ["precision", "no-tflite"]
+    assert [each.rule for each in supports(None, target, "fp16", {}, {}, {})] == ["precision", "own-file"]
     assert [each.rule for each in supports(None, Registry().get("t4"), "int8", {}, {})] == ["target"]
 
 
