@@ -136,10 +136,7 @@ def _report(built: building.Built) -> dict[str, Any]:
     return {
         "soc": manifest.soc,
         "qnn": manifest.qnn,
-        "gears": [
-            {"batch": gear.batch, "file": gear.context or gear.file, "seconds": seconds}
-            for gear, seconds in zip(manifest.gears, built.seconds, strict=True)
-        ],
+        "gears": [{"batch": gear.batch, "file": gear.context or gear.file} for gear in manifest.gears],
         "float_nodes": list(described["float_nodes"]),
         "delegation": {
             "operators": {"npu": described["operators"], "cpu": 0},

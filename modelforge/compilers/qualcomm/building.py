@@ -26,12 +26,11 @@ _NOISE = re.compile(r"\x1b\[[0-9;]*m|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ ")
 
 @dataclass(frozen=True)
 class Built:
-    """``described`` is the lowered model at the smallest gear, ``seconds`` what QNN took for each gear."""
+    """``described`` is the lowered model at the smallest gear."""
 
     manifest: Manifest
     files: Mapping[str, Path]
     described: Mapping[str, Any]
-    seconds: Sequence[float]
 
 
 def build(job: CompileJob, environment: Environment) -> Built:
@@ -43,14 +42,14 @@ def build(job: CompileJob, environment: Environment) -> Built:
     """
     soc = _soc(job)
     symbol = preflight.batch_symbol(job.inputs)
-    gears, files, seconds, described, versions = [], {}, [], [], set()
+    gears, files, described, versions = [], {}, [], set()
     for batch in job.dims[symbol].gears if symbol else (1,):
         folder = job.workdir / f"b{batch}"
         sizes = {symbol: batch} if symbol else {}
         told = _describe(job, folder, sizes)
         _require_integers(job, soc, told["float_nodes"])
         name = f"main_b{batch}.onnx" if symbol else "main.onnx"
-        answer = _save(job, environment, folder, Path(told["model"]), name)
+        _save(job, environment, folder, Path(told["model"]), name)
         context = _read_back(job, soc, folder / name)
         gears.append(Gear(batch, name, context["file"]))
         for file in (name, *([context["file"]] if context["file"] else [])):
@@ -59,12 +58,11 @@ def build(job: CompileJob, environment: Environment) -> Built:
             files[file] = folder / file
         described.append(told)
         versions.add(context["qnn"])
-        seconds.append(answer["seconds"])
     ports = [*described[0]["inputs"], *described[0]["outputs"]]
     batched = tuple(port["name"] for port in ports if port["shape"][:1] == [gears[0].batch])
     _require_batched(described[-1], gears[-1].batch, batched)
     manifest = Manifest(soc.name, soc.model, soc.htp_arch, versions.pop(), batched, tuple(gears))
-    return Built(manifest, files, described[0], seconds)
+    return Built(manifest, files, described[0])
 
 
 def provider_options(soc: Soc, options: Mapping[str, Any]) -> dict[str, str]:
@@ -118,7 +116,7 @@ def _require_integers(job: CompileJob, soc: Soc, float_nodes: Sequence[str]) -> 
         )
 
 
-def _save(job: CompileJob, environment: Environment, folder: Path, model: Path, name: str) -> dict[str, Any]:
+def _save(job: CompileJob, environment: Environment, folder: Path, model: Path, name: str) -> None:
     soc = _soc(job)
     request = {
         "action": "build",
@@ -129,9 +127,8 @@ def _save(job: CompileJob, environment: Environment, folder: Path, model: Path, 
     }
     what = f"QNN, building for {job.target.tag}"
     refused: BuildError | None = None
-    answer: dict[str, Any] = {}
     try:
-        answer = environments.call(environment, request, workdir=folder, timeout=job.timeout, what=what)
+        environments.call(environment, request, workdir=folder, timeout=job.timeout, what=what)
     except BuildError as error:
         refused = error
     log = _clean_log(folder)
@@ -139,7 +136,6 @@ def _save(job: CompileJob, environment: Environment, folder: Path, model: Path, 
         stream.write(f"== {name}\n{log}")
     if refused is not None:
         raise _explained(refused, log, job.target.tag) from refused
-    return answer
 
 
 def _explained(error: BuildError, log: str, tag: str) -> BuildError | UnsupportedError:
