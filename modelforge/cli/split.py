@@ -222,12 +222,13 @@ class _Lines:
         columns = [*document["cuts"][0]["tier_ms"]]
         self.console.text("\nthe fastest ways, estimated, in ms (sent as " + document["transport"] + ")")
         self.console.table(
-            ["way", "sent", "fp32", "fp16", "int8", *columns, "links", "total", ""],
+            ["way", "sent", "fp32", "fp16", "int8", *columns, "links", "total", "at fp32/fp16/int8", ""],
             [
                 [
                     cut["kind"], _names(cut["crossing"]), *(size_text(size) for size in cut["bytes"].values()),
                     *(f"{cut['tier_ms'][name]:.2f}" for name in columns), f"{sum(cut['link_ms'].values()):.2f}",
-                    f"{cut['total_ms']:.2f}", "" if cut["fits"] else "does not fit",
+                    f"{cut['total_ms']:.2f}", " / ".join(f"{taken:.2f}" for taken in cut["total_ms_at"].values()),
+                    "" if cut["fits"] else "does not fit",
                 ]
                 for cut in document["cuts"]
             ],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from modelforge.forge.splitting import Planned
 from modelforge.graph.cuts import cheapest
-from modelforge.graph.split_tiers import TRANSPORTS, TierCut, TierProblem, sweep, top_cuts
+from modelforge.graph.split_tiers import TRANSPORTS, TierCut, TierProblem, evaluate, sweep, top_cuts
 
 _SWEEP = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0, 256.0)
 """What the bandwidths are multiplied by, to show how the choice depends on them."""
@@ -41,8 +42,8 @@ def tier_choices(problem: TierProblem) -> dict[str, Any]:
             {"from": near, "to": far, "latency_ms": link.latency * 1e3, "bandwidth": link.bandwidth}
             for (near, far), link in problem.links.items()
         ],
-        "cuts": [_cut_facts(cut) for cut in known],
-        "sweep": [{"factor": factor, **_cut_facts(cut)} for factor, cut in swept],
+        "cuts": [_cut_facts(problem, cut) for cut in known],
+        "sweep": [{"factor": factor, **_cut_facts(problem, cut)} for factor, cut in swept],
     }
 
 
@@ -55,7 +56,7 @@ def _is_known(problem: TierProblem, cut: TierCut) -> bool:
     return all(tensors[name].bytes is not None for name in sent if name in tensors)
 
 
-def _cut_facts(cut: TierCut) -> dict[str, Any]:
+def _cut_facts(problem: TierProblem, cut: TierCut) -> dict[str, Any]:
     return {
         "kind": cut.kind,
         "route": list(cut.route),
@@ -64,5 +65,8 @@ def _cut_facts(cut: TierCut) -> dict[str, Any]:
         "tier_ms": {name: seconds * 1e3 for name, seconds in cut.tier_seconds.items()},
         "link_ms": {name: seconds * 1e3 for name, seconds in cut.link_seconds.items()},
         "total_ms": cut.seconds * 1e3,
+        "total_ms_at": {
+            each: evaluate(replace(problem, transport=each), cut.labels).seconds * 1e3 for each in TRANSPORTS
+        },
         "fits": cut.fits,
     }
