@@ -16,6 +16,8 @@ MODEL_WHEELS = ["rapidocr-onnxruntime>=1.4", "rapidocr>=3", "magika>=1", "nudene
 TEST_TOOLS = ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.5", "pillow>=10.1"]
 # Independent judges of signatures and of the bill of materials.
 TEST_TOOLS += ["securesystemslib>=1.1", "cyclonedx-python-lib[json-validation]>=8"]
+# Carries a photograph, for detectors.
+TEST_TOOLS += ["matplotlib>=3.9"]
 # Child processes do most of the work: two test processes keep two cores busy.
 TEST_TOOLS += ["pytest-xdist>=3.6"]
 IN_PARALLEL = ["-n", "auto", "--dist", "loadfile"]
