@@ -214,7 +214,7 @@ def _feeds(model: Path, path: Path, count: int) -> list[dict[str, Any]]:
 
     def sample(name: str, index: int) -> Any:
         shape = shapes[name]
-        fixed = bool(shape) and isinstance(shape[0], int) and shape[0] != 1  # type: ignore[index]
+        fixed = bool(shape) and isinstance(shape[0], int) and shape[0] != 1  # type: ignore[index]  # not None: bool() saw it
         return arrays[name][index] if fixed else arrays[name][index : index + 1]
 
     return [{name: sample(name, index) for name in arrays} for index in range(min(count, most))]

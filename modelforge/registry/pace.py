@@ -73,14 +73,14 @@ class _PacedConnection:
 
     def connect(self) -> None:
         with _closing_after(self.limits.connect * 2, self):
-            super().connect()  # type: ignore[misc]
+            super().connect()  # type: ignore[misc]  # a mixin
         if self.sock is not None:
             self.sock.settimeout(self.limits.idle)
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is not None:
             self.sock.settimeout(self.limits.idle)
-        super().request(*args, **kwargs)  # type: ignore[misc]
+        super().request(*args, **kwargs)  # type: ignore[misc]  # a mixin
 
 
 @contextlib.contextmanager

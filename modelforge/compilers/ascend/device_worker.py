@@ -67,7 +67,7 @@ def race(request: dict[str, Any]) -> dict[str, Any]:
 
     samples = np.load(request["inputs"], allow_pickle=False)
     manifests = [json.loads(Path(path).read_text()) for path in request["manifests"]]
-    variants = [Variant(manifest, Path(path).parent) for manifest, path in zip(manifests, request["manifests"])]  # noqa: B905
+    variants = [Variant(manifest, Path(path).parent) for manifest, path in zip(manifests, request["manifests"])]  # noqa: B905 - as above
     feeds = [[samples[each["name"]][: request["batch"]] for each in manifest["inputs"]] for manifest in manifests]
     return {"milliseconds": timed(variants, feeds)}
 

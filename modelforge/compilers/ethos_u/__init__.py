@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from modelforge.compilers.ethos_u import building, configurations
+from modelforge.compilers.isolated import probe_environment
 from modelforge.compilers.protocol import OWN_FILE, Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
 from modelforge.errors import BuildError
 from modelforge.graph.facts import ModelFacts
@@ -47,11 +48,7 @@ class EthosUCompiler:
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
         del target
-        found = find(toolchain())
-        if isinstance(found, Environment):
-            return Toolchain(versions=found.versions)
-        reason = "its environment is not installed" if found is None else f"its environment is broken: {found.reason}"
-        return Missing(reason=reason, fix=install_command(toolchain()))
+        return probe_environment(toolchain())
 
     def dialect(self, target: Target) -> str:
         del target

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from modelforge.compilers.isolated import probe_environment
 from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
 from modelforge.compilers.rockchip import building, preflight, running
 from modelforge.compilers.rockchip.manifest import FILE_NAME, Manifest
@@ -42,11 +43,7 @@ class RockchipCompiler:
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
         del target  # what it builds for one, it builds for all
-        found = find(toolchain())
-        if isinstance(found, Environment):
-            return Toolchain(versions=found.versions)
-        reason = "its environment is not installed" if found is None else f"its environment is broken: {found.reason}"
-        return Missing(reason=reason, fix=install_command(toolchain()))
+        return probe_environment(toolchain())
 
     def dialect(self, target: Target) -> str:
         del target

@@ -37,7 +37,7 @@ _UNEXPLAINED = 64
 def main(request_file: str, answer_file: str) -> None:
     if _INSIDE not in os.environ:
         _begin_anew(request_file, answer_file)
-    tempfile._name_sequence = (f"{number:08d}" for number in itertools.count())  # type: ignore[attr-defined]
+    tempfile._name_sequence = (f"{number:08d}" for number in itertools.count())  # type: ignore[attr-defined]  # private
     sys.meta_path.insert(0, _NoTorch())
     try:
         answer: dict[str, Any] = {"result": work()}

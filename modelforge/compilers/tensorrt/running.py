@@ -85,7 +85,7 @@ def _run_all(loaded: Loaded, inputs: Path, outputs: Path, batch: int) -> int:
         samples += count
     if samples == 0:
         raise BuildError("there is no sample to run", where=inputs.name)
-    np.savez(outputs, **{name: np.concatenate(values) for name, values in collected.items()})  # type: ignore[arg-type]
+    np.savez(outputs, **{name: np.concatenate(values) for name, values in collected.items()})  # type: ignore[arg-type]  # stubs
     return samples
 
 
