@@ -4,13 +4,14 @@
 
 Thirteen files that Python packages carry (PP-OCR v4 and v6, the direction classifier, Magika, NudeNet's YOLOv8n, six of
 Silero VAD), and a ResNet-50 with seeded weights. Inputs: rendered text, bytes of real files, photographs, a synthetic
-voice with the states that it leaves. "plain": the file in ONNX Runtime, which computes FP16 in FP32 on a CPU;
+voice with the states that it leaves. Every other sample calibrates and says which nodes must stay in FP32, the others
+judge. A page of six lines and a page of one are two cases of the text detector: on the latter its error sits on the few
+pixels of steep edges. "plain": the file in ONNX Runtime, which computes FP16 in FP32 on a CPU;
 "rounded": every FP16 tensor rounded explicitly, which is what hardware gives. SQNR is the lowest of all outputs.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +28,6 @@ from int8_tasks import Array, packaged
 from onnx import TensorProto, helper, numpy_helper
 
 from modelforge.compilers.onnxruntime_worker import run_model
-from modelforge.errors import ModelError
 from modelforge.forge import worker
 from modelforge.graph.prepare import prepare
 from modelforge.verify.metrics import compare
@@ -38,7 +38,7 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its samples: arrays ``[count, ...]`` by input name."""
+    """A model and its samples: arrays ``[count, ...]`` by input name; those that calibrate, and judge, in turn."""
 
     model: Path
     shapes: Mapping[str, Shape]
@@ -59,17 +59,14 @@ def main(names: list[str]) -> None:
 
 def measure(name: str, case: Case, work: Path) -> bool:
     started = time.perf_counter()
-    note = ""
-    try:
-        prepare(case.model, work / "fp32", dict(case.shapes))
-    except ModelError:  # `prepare` tries random inputs, and a random sampling rate is none that the model knows
-        shutil.copyfile(case.model, work / "fp32" / "model.onnx")
-        note = " (as it came: random inputs do not run)"
-    np.savez(work / "samples.npz", allow_pickle=False, **case.samples)
+    prepare(case.model, work / "fp32", dict(case.shapes))
+    np.savez(work / "calibration.npz", allow_pickle=False, **{key: array[::2] for key, array in case.samples.items()})
+    np.savez(work / "samples.npz", allow_pickle=False, **{key: array[1::2] for key, array in case.samples.items()})
     model, ranges = str(work / "fp32" / "model.onnx"), str(work / "ranges.json")
-    samples = str(work / "samples.npz")
+    samples = str(work / "calibration.npz")
     worker.calibrate({"model": model, "samples": samples, "out": ranges, "data_digest": "benchmark"})
     request = {"model": model, "folder": str(work / "fp16"), "precision": "fp16", "half_ranges": ranges}
+    request["samples"] = samples
     report = worker.lower(request)["fp16"]
     lowered = work / "fp16" / "model.onnx"
     valid = _valid(lowered)
@@ -81,7 +78,7 @@ def measure(name: str, case: Case, work: Path) -> bool:
     told = "; ".join(f"{count} {reason}" for reason, count in kept.most_common()) or "nothing"
     print(
         f"{name:26}{'yes' if valid else 'NO':>6}{plain:10.1f}{rounded:12.1f}{report['converted']:6}"
-        f"{len(report['kept']):6}{time.perf_counter() - started:9.1f}  {told}{note}",
+        f"{len(report['kept']):6}{time.perf_counter() - started:9.1f}  {told}",
         flush=True,
     )
     return valid and rounded >= WANTED_DB
@@ -100,6 +97,8 @@ def _short(reason: str) -> str:
     """Without the name and the number, so that reasons can be counted."""
     if "beyond half of what FP16 holds" in reason:
         return "beyond half of what FP16 holds"
+    if "on calibration data" in reason:
+        return reason.partition(" in FP16 ")[2]
     return reason.rsplit(": ", maxsplit=1)[-1] if "a value of" in reason else reason
 
 
@@ -121,11 +120,11 @@ def _lines(count: int, width: int) -> Array:
     return int8_tasks._rendered(count, seed=51, width=width)[0]
 
 
-def _page(index: int, size: int = 320) -> Array:
-    """Six lines of text below each other, as a text detector sees a page; normalized as PP-OCR does."""
-    lines = int8_tasks._rendered(6, seed=60 + index, width=size)[0] * 0.5 + 0.5
+def _page(index: int, lines: int, size: int = 320) -> Array:
+    """Up to six lines of text below each other, as a text detector sees a page; normalized as PP-OCR does."""
+    found = int8_tasks._rendered(lines, seed=60 + index, width=size)[0] * 0.5 + 0.5
     page = np.ones((3, size, size), np.float32) * 0.9
-    for place, line in enumerate(lines):
+    for place, line in enumerate(found, start=0 if lines > 1 else index % 6):
         page[:, 4 + place * 52 : 52 + place * 52] = np.where(line == 0.5, 0.9, line)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     return ((page - mean[:, None, None]) / std[:, None, None]).astype(np.float32)
@@ -247,14 +246,15 @@ def _sequence(_: Path) -> Case:
     return Case(model, shapes, {"input": parts, "h": zeros[:, 0], "c": zeros[:, 0]})
 
 
-def _pages() -> Array:
-    return np.stack([_page(index) for index in range(4)])
+def _pages(lines: int = 6) -> Array:
+    return np.stack([_page(index, lines) for index in range(8)])
 
 
 OLD, NEW = "rapidocr_onnxruntime/models/", "rapidocr/models/"
 CASES: dict[str, Callable[[Path], Case]] = {
     "cls": _text(f"{OLD}ch_ppocr_mobile_v2.0_cls_infer.onnx", ("n", 3, 48, 192), lambda: _lines(16, 192)),
     "PP-OCRv4 det": _text(f"{OLD}ch_PP-OCRv4_det_infer.onnx", ("n", 3, 320, 320), _pages),
+    "PP-OCRv4 det, one line": _text(f"{OLD}ch_PP-OCRv4_det_infer.onnx", ("n", 3, 320, 320), lambda: _pages(1)),
     "PP-OCRv4 rec": _text(f"{OLD}ch_PP-OCRv4_rec_infer.onnx", ("n", 3, 48, 320), lambda: _lines(16, 320)),
     "PP-OCRv6 det": _text(f"{NEW}PP-OCRv6_det_small.onnx", ("n", 3, 320, 320), _pages),
     "PP-OCRv6 rec": _text(f"{NEW}PP-OCRv6_rec_small.onnx", ("n", 3, 48, 320), lambda: _lines(16, 320)),

@@ -13,6 +13,8 @@ from __future__ import annotations
 import compileall
 import json
 import os
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -55,7 +57,7 @@ def ratio(rounds: int) -> None:
     # As pip leaves an installed package: without it every child compiles our sources anew.
     compileall.compile_dir(Path(modelforge.__file__).parent, quiet=2)
     load = os.getloadavg()[0]
-    print(f"ResNet-50 for SM80, medians of {rounds} interleaved rounds, {os.cpu_count()} cores, load {load:.1f}")
+    print(f"ResNet-50 for SM80, {rounds} interleaved rounds, {os.cpu_count()} cores, load {load:.1f}")
     for precision in ("fp16", "int8"):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -64,28 +66,32 @@ def ratio(rounds: int) -> None:
             for index in range(rounds + 1):
                 for side in ("ours", "bare") if index % 2 else ("bare", "ours"):
                     begun = _clocks()
-                    if side == "ours":
-                        ours(model, precision, folder / f"{index}")
-                    else:
-                        bare(model, folder)
-                    wall, processor = (after - before for before, after in zip(begun, _clocks(), strict=True))
-                    taken[side] += [(wall, processor)] if index else []  # the first round warms the disk
-            medians = {
-                side: [statistics.median(each) for each in zip(*times, strict=True)] for side, times in taken.items()
-            }
-            for side, times in taken.items():
-                wall, processor = medians[side]
-                told = " ".join(f"{each:.2f}" for each, _ in times)
-                print(f"  {precision} {side}  {wall:6.2f} s, {processor:5.2f} s of processor time   {told}")
-            ratios = [a / b for a, b in zip(medians["ours"], medians["bare"], strict=True)]
-            print(
-                f"  {precision} ratio {ratios[0]:6.2f}, {ratios[1]:.2f} in processor time (limit {LIMIT})", flush=True
-            )
+                    (ours if side == "ours" else bare)(model, precision, folder / f"{side}-{index}")
+                    spent = tuple(after - before for before, after in zip(begun, _clocks(), strict=True))
+                    taken[side] += [spent] if index else []  # the first round warms the disk
+                    shutil.rmtree(folder / f"{side}-{index}")
+            _tell(precision, taken)
+
+
+def _tell(precision: str, taken: dict[str, list[tuple[float, float]]]) -> None:
+    """Medians of each side, and of the ratios of single rounds: what slows both sides of a round cancels out."""
+    for side, times in taken.items():
+        wall, processor = (statistics.median(each) for each in zip(*times, strict=True))
+        told = " ".join(f"{each:.2f}" for each, _ in times)
+        print(f"  {precision} {side}  {wall:6.3f} s, {processor:5.3f} s of processor time   {told}")
+    pairs = [(a / c, b / d) for (a, b), (c, d) in zip(taken["ours"], taken["bare"], strict=True)]
+    wall, processor = (statistics.median(each) for each in zip(*pairs, strict=True))
+    low, high = min(each for each, _ in pairs), max(each for each, _ in pairs)
+    print(
+        f"  {precision} ratio {wall:.2f} ({low:.2f} to {high:.2f}), {processor:.2f} in processor time (limit {LIMIT})"
+    )
+    sys.stdout.flush()
 
 
 def _clocks() -> tuple[float, float]:
     """Seconds on the wall, and of processor time: this process and its finished children."""
-    return time.perf_counter(), sum(os.times()[:4])
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def lowered(precision: str, folder: Path) -> Path:
@@ -112,8 +118,10 @@ def ours(model: Path, precision: str, workdir: Path) -> None:
     TensorRtRtxCompiler().compile(job)
 
 
-def bare(model: Path, folder: Path) -> None:
-    subprocess.run([sys.executable, "-c", BARE, str(model), str(folder / "bare.engine")], check=True)
+def bare(model: Path, precision: str, workdir: Path) -> None:
+    del precision  # the model says it
+    workdir.mkdir()
+    subprocess.run([sys.executable, "-c", BARE, str(model), str(workdir / "bare.engine")], check=True)
 
 
 PPOCR_CLS = Case(

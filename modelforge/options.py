@@ -27,6 +27,14 @@ class Section(BaseModel):
         """Files of the user's own that it names, relative to the recipe, by option. The compiler gets their paths."""
         return {}
 
+    def aids(self) -> dict[str, str]:
+        """As :meth:`files`, but of files that only help a compile along: the model is still the recipe's."""
+        return {}
+
+    def quantizes(self) -> bool:
+        """Whether the compiler makes INT8 itself: it gets the FP32 model and the calibration samples."""
+        return False
+
 
 class TensorRtSection(Section):
     """``[target.tensorrt]``: for TensorRT and TensorRT-RTX alike; docs/guides/tensorrt.md says what allows which.
@@ -39,6 +47,8 @@ class TensorRtSection(Section):
         strip_plan: the engine holds no weights; they are put in from the lowered model as it is loaded.
         dla_core: build for this DLA core; layers that it cannot have run on the GPU, and are reported.
         builder_optimization_level: how hard the builder searches, 0 to 5; its default is 3.
+        timing_cache: what an earlier build for this GPU measured, relative to the recipe; `finalize` leaves one in its
+            bundle, and a deferred variant takes it along.
     """
 
     workspace_bytes: PositiveInt | None = None
@@ -48,6 +58,10 @@ class TensorRtSection(Section):
     strip_plan: StrictBool = False
     dla_core: Annotated[int, Strict(), Field(ge=0)] | None = None
     builder_optimization_level: Annotated[int, Strict(), Field(ge=0, le=5)] | None = None
+    timing_cache: Annotated[str, Field(min_length=1)] | None = None
+
+    def aids(self) -> dict[str, str]:
+        return {"timing_cache": self.timing_cache} if self.timing_cache else {}
 
 
 class AtcSection(Section):
@@ -86,9 +100,14 @@ class RockchipSection(Section):
 
     Attributes:
         single_core: build for one NPU core (rk3588): a smaller file, for programs that run several models at once.
+        quantizer: who makes INT8: ModelForge, as for all other targets, or the toolkit's own from the calibration data.
     """
 
     single_core: StrictBool = False
+    quantizer: Literal["modelforge", "native"] = "modelforge"
+
+    def quantizes(self) -> bool:
+        return self.quantizer == "native"
 
 
 class QualcommSection(Section):

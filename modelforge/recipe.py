@@ -210,6 +210,21 @@ class TargetSection(_Strict):
         own = self._own.get(section or "")
         return {} if own is None else own.files()
 
+    def aids(self, section: str | None) -> dict[str, str]:
+        """Files that a section names to help a compile along, by option: :meth:`modelforge.options.Section.aids`."""
+        own = self._own.get(section or "")
+        return {} if own is None else own.aids()
+
+    def quantizes(self, section: str | None) -> bool:
+        """Whether a section leaves INT8 to the compiler: :meth:`modelforge.options.Section.quantizes`."""
+        own = self._own.get(section or "")
+        return own is not None and own.quantizes()
+
+    def for_compiler(self, compiler: str, precision: Precision) -> TargetSection:
+        """The same target by another compiler, at one precision, without what is said to single compilers."""
+        silent = {name.replace("-", "_"): None for name in self._own}
+        return self.model_copy(update={**silent, "options": {}, "compiler": compiler, "precision": (precision,)})
+
     @property
     def _own(self) -> dict[str, Section]:
         own: dict[str, Section | None] = {

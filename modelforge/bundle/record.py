@@ -167,6 +167,31 @@ class Calibration(_OpenPart):
     digest: Digest
 
 
+class Delegation(_OpenPart):
+    """How much runs on the NPU and how much on the CPU beside it, as the vendor's compiler told.
+
+    Attributes:
+        operators: count by place, ``npu`` and ``cpu`` at least; None where the compiler does not tell.
+        macs: multiply-accumulates of one run by place; likewise.
+        off_npu: what the NPU does not run, by the compiler's own names.
+        source: where the figures come from.
+    """
+
+    operators: dict[str, NonNegativeInt] | None = None
+    macs: dict[str, NonNegativeInt] | None = None
+    off_npu: tuple[str, ...] = ()
+    source: str
+
+    @property
+    def npu_share(self) -> float | None:
+        """Of the multiply-accumulates, 0 to 1; of the operators where those are unknown or none."""
+        for counts in (self.macs, self.operators):
+            total = sum((counts or {}).values())
+            if counts and total:
+                return counts.get("npu", 0) / total
+        return None
+
+
 class VariantRecord(_Part):
     """One target x stage x batch set.
 
@@ -177,6 +202,7 @@ class VariantRecord(_Part):
         batch: None where no input has a bounded first dimension.
         artifact: None unless ``status`` is ``compiled``.
         calibration: None at fp32, and wherever nothing was calibrated.
+        delegation: None where the target is no NPU with a CPU beside it.
         commands: what was run, without paths of the build machine.
     """
 
@@ -193,6 +219,7 @@ class VariantRecord(_Part):
     accuracy: Accuracy = Accuracy()
     latency: Latency = Latency()
     calibration: Calibration | None = None
+    delegation: Delegation | None = None
     commands: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -213,12 +240,14 @@ class VariantRecord(_Part):
         """What ``inspect --json`` prints under ``variants``: every key of the contract, in its order.
 
         Left out where empty, because they only say more: ``identical``, ``reason`` and ``per_output`` of the accuracy,
-        all of a rung but ``precision`` and ``gate``, and the half of ``batch`` that is not used.
+        all of a rung but ``precision`` and ``gate``, the half of ``batch`` that is not used, and ``delegation``.
         """
         data = self.model_dump(mode="json")
         data["ladder"] = [_rung(rung) for rung in data["ladder"]]
         data["batch"] = data["batch"] and _given(data["batch"])
         data["accuracy"] = _accuracy(data["accuracy"])
+        if data["delegation"] is None:
+            del data["delegation"]
         return data
 
     def to_bytes(self) -> bytes:

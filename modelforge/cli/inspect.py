@@ -97,7 +97,8 @@ def _is_engine(path: Path) -> bool:
 
 def _engine(path: Path, console: Console) -> int:
     from modelforge.compilers.engine_header import read_header
-    from modelforge.compilers.tensorrt.product import PRODUCTS, find, parse_version
+    from modelforge.compilers.tensorrt.installation import find
+    from modelforge.compilers.tensorrt.product import PRODUCTS, parse_version
 
     header = read_header(path)
     product = next(each for each in PRODUCTS.values() if each.magic == header.magic)

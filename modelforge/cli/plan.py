@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         ["step", "key", "state"],
         [[step.title, step.key[:12], _state(step.key, certain, store)] for step in plan.steps()],
     )
+    _tell_delegation(plan, store, console)
     for chain in plan.chains:
         members = [plan.variants[place] for place in chain.members]
         told = " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)
@@ -65,6 +67,29 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if variant.hint and variant.rungs[0].evidence == "reference":
             console.note(f"note: {variant.target.tag} will not be run here; {variant.hint}")
     return 0
+
+
+def _tell_delegation(plan: Plan, store: Store, console: Console) -> None:
+    """What runs on an NPU and what on the CPU beside it, and what handing over costs."""
+    from modelforge.cli.delegation import COLUMNS, delegation_row
+    from modelforge.forge.delegation import known_delegation
+
+    known = [(variant, known_delegation(plan, variant, store)) for variant in plan.variants]
+    rows = [delegation_row(variant.target.tag, variant.stage, told) for variant, told in known if told is not None]
+    if rows:
+        console.text("")
+        console.table(COLUMNS, rows, title="NPU and CPU")
+    costs = [(tag, cost) for tag, split in plan.partitions.items() for cost in split.costs]
+    if costs:
+        console.text("")
+        columns = ["target", "on the NPU", "tensors", "bytes", "crossing ms", "NPU ms", "CPU ms", "saved ms"]
+        console.table(columns, [_cost(tag, cost) for tag, cost in costs], title="crossing, estimated")
+
+
+def _cost(tag: str, cost: Mapping[str, Any]) -> list[str]:
+    seconds = [cost["seconds"][name] for name in ("crossing", "npu", "cpu", "saved")]
+    times = ["-" if each is None else f"{each * 1e3:.2f}" for each in seconds]
+    return [tag, cost["stage"], str(cost["tensors"]), str(cost["bytes"]), *times]
 
 
 def _state(key: str, certain: frozenset[str], store: Store) -> str:
@@ -93,6 +118,8 @@ def _chains(plan: Plan) -> list[list[dict[str, str]]]:
 
 
 def _document(plan: Plan, store: Store) -> dict[str, Any]:
+    from modelforge.forge.delegation import known_delegation
+
     certain = plan.certain()
     return {
         "name": plan.recipe.name,
@@ -113,6 +140,7 @@ def _document(plan: Plan, store: Store) -> dict[str, Any]:
                 ],
                 "refused": [dict(entry) for entry in variant.refused],
                 "hint": variant.hint,
+                **({"delegation": told} if (told := known_delegation(plan, variant, store)) else {}),
             }
             for variant in plan.variants
         ],

@@ -73,6 +73,7 @@ def _print(report: Report, console: Console) -> None:
         console.table(columns, rungs, title="ladder")
     _print_batches(report, console)
     _print_split(report, console)
+    _print_delegation(report, console)
     lines = [f"left out, as it has another shape than this version knows: {_plain(fault)}" for fault in report.left_out]
     lines += [line for variant in report.variants for line in _told(variant)]
     if lines:
@@ -100,11 +101,20 @@ def _print_batches(report: Report, console: Console) -> None:
         console.table(columns, rows, title="batches")
 
 
+def _print_delegation(report: Report, console: Console) -> None:
+    """What runs on an NPU and what on the CPU beside it."""
+    from modelforge.cli.delegation import COLUMNS, delegation_row
+
+    told = [(variant.record, variant.record.delegation) for variant in report.variants]
+    rows = [delegation_row(record.target, record.stage, each.model_dump()) for record, each in told if each is not None]
+    if rows:
+        console.text("")
+        console.table(COLUMNS, [list(map(_plain, row)) for row in rows], title="NPU and CPU")
+
+
 def _print_split(report: Report, console: Console) -> None:
     """Chains of variants, and the fastest way over tiers by bandwidth."""
-    split = report.facts.split
-    if split is None:
-        return
+    split, shared = report.facts.split, report.facts.partitions.values()
     chains = [
         [
             " -> ".join(_plain(f"{step.stage} on {step.target}") for step in chain.stages),
@@ -114,13 +124,14 @@ def _print_split(report: Report, console: Console) -> None:
             ", ".join(_plain(step.evidence) for step in chain.stages),
             _plain(chain.reason),
         ]
-        for chain in split.chains
+        for each in ([split] if split is not None else []) + list(shared)
+        for chain in each.chains
     ]
     if chains:
         console.text("")
         columns = ["chain", "gate", "value", "drop", "SQNR dB", "evidence", "why not"]
         console.table(columns, chains, title="chains, judged as the whole model")
-    if split.tiers is not None and split.tiers.sweep:
+    if split is not None and split.tiers is not None and split.tiers.sweep:
         link, rows = split.tiers.links[0], []
         for point in sorted(split.tiers.sweep, key=lambda each: each.factor):
             sent = ", ".join(map(_plain, point.sent[:3])) + (f" and {len(point.sent) - 3} more" * (len(point.sent) > 3))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # child processes import this for its plain values, and need no pydantic
     from modelforge.graph.facts import ModelFacts
@@ -51,6 +51,25 @@ class Refusal:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """All that a recipe asks of a compiler for one rung of a target: for :class:`ChecksRecipe`.
+
+    Attributes:
+        model: the user's own model; None for a stage of a split, which is no file yet.
+        facts: of the model, or of the stage.
+    """
+
+    model: Path | None
+    facts: ModelFacts
+    target: Target
+    precision: str
+    inputs: Mapping[str, tuple[int | str, ...]]
+    dims: Mapping[str, Dim]
+    options: Options = field(default_factory=dict)
+    preprocess: Mapping[str, PreprocessSection] = field(default_factory=dict)
+
+
 OWN_FILE: Final = "own-file"
 """The rule of a refusal for want of a file that the user makes and the recipe names."""
 
@@ -66,6 +85,8 @@ class CompileJob:
         timeout: seconds for each child process.
         options: what the recipe's target says to this compiler (``Compiler.section``).
         preprocess: by input name, what the device does to a raw image before the model sees it.
+        calibration: an .npz of calibration samples, as ``RunJob.inputs``; only where the recipe leaves INT8 to the
+            compiler: ``model`` is FP32 then.
     """
 
     model: Path
@@ -77,6 +98,7 @@ class CompileJob:
     timeout: float
     options: Options = field(default_factory=dict)
     preprocess: Mapping[str, PreprocessSection] = field(default_factory=dict)
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,7 @@ class RunJob:
             ``inputs``.
         timed: batch sizes to time after that, where the evidence is ``device``: ``latency.by_batch`` of the answer
             has medians in milliseconds by size. A runner that cannot leaves it out.
+        calibration: as in :class:`CompileJob`, for runners that build again; a bundle does not carry it.
     """
 
     files: Mapping[str, Path]
@@ -128,15 +151,29 @@ class RunJob:
     workdir: Path
     timeout: float
     timed: tuple[int, ...] = ()
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
 class Ran:
-    """How it ran: ``evidence`` is one of ``device``, ``emulator``, ``simulator``."""
+    """How it ran: ``evidence`` is one of ``device``, ``emulator``, ``simulator``.
+
+    Attributes:
+        files: reports of the run, by bundle file name: ``layers.json`` has the time of each layer.
+    """
 
     evidence: str
     notes: tuple[str, ...] = ()
     latency: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ChecksRecipe(Protocol):
+    """A compiler that also holds the whole of what is asked against its rules; not every one has to."""
+
+    def supports_recipe(self, wanted: Wanted) -> list[Refusal]:
+        """Say what stands against it that ``supports`` and ``supports_model`` do not. As cheap and as pure as they."""
 
 
 class Compiler(Protocol):
@@ -199,4 +236,5 @@ class Compiler(Protocol):
 
         Raises:
             BuildError: it cannot run here, or failed.
+            UnsupportedError: something that running it takes is not among what the job has.
         """

@@ -31,6 +31,8 @@ def chain_step(plan: Plan, chain: ChainPlan, rungs: Sequence[RungPlan]) -> Step:
         needs[f"lowered-{part.name}"] = rung.lower
         if rung.compile is not None:
             needs[f"compiled-{part.name}"] = rung.compile
+            if "calibration" in rung.compile.needs:
+                needs[f"calibration-{part.name}"] = rung.compile.needs["calibration"]
         assert variant.stage == part.name, "chains are in the order of the stages"
     crossing = transport_step(plan, split)
     if crossing is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modelforge.compilers import compiler_names, get_compiler
-from modelforge.compilers.protocol import Compiler, Missing, Refusal, Toolchain
+from modelforge.compilers.protocol import ChecksRecipe, Compiler, Missing, Refusal, Toolchain, Wanted
 from modelforge.errors import ToolchainMissing, UnsupportedError, nearest
 from modelforge.forge.intake import Intake
 from modelforge.forge.stages import Stage
@@ -64,7 +64,8 @@ def choose(intake: Intake, stage: Stage, section: TargetSection, target: Target,
             found = compiler.probe(target)
             if isinstance(found, Toolchain):
                 return Choice(compiler, found, None, tuple(accepted), tuple(refused))
-            if section.files(compiler.section):  # nothing else can run or judge the user's own file
+            # Nothing else can run or judge the user's own file, or what the compiler would quantize.
+            if section.files(compiler.section) or section.quantizes(compiler.section):
                 raise ToolchainMissing(f"{compiler.title}: {found.reason}", where=where, fix=found.fix)
             lacking.append((compiler, found))
             absent = absent or Choice(compiler, None, found, tuple(accepted), tuple(refused))
@@ -128,6 +129,11 @@ def _refusals(
     if not refusals and precision in ("int8", "mixed") and intake.calibration is None and not brings_own:
         what = f"{precision} needs calibration data, and the recipe has none"
         return [Refusal("no-calibration", what, "add [calibration] with `data`: some hundred real inputs")]
-    if refusals or stage.name != "main":  # the stages of a split model are no files yet
+    model = intake.recipe.model if stage.name == "main" else None  # the stages of a split model are no files yet
+    if not refusals and isinstance(compiler, ChecksRecipe):
+        recipe = intake.recipe
+        asked = Wanted(model, stage.facts, target, precision, stage.inputs, recipe.dims, options, recipe.preprocess)
+        refusals = compiler.supports_recipe(asked)
+    if refusals or model is None:
         return refusals
-    return compiler.supports_model(intake.recipe.model, target, options)
+    return compiler.supports_model(model, target, options)

@@ -157,7 +157,7 @@ def _rung(
         dims={symbol: Dim.model_validate(dim) for symbol, dim in device.job["dims"].items()},
         workdir=folder / "compile",
         timeout=TIMEOUT,
-        options=device.job.get("options", {}),
+        options={**device.job.get("options", {}), **_aids(device)},
         preprocess={
             name: PreprocessSection.model_validate(each) for name, each in device.job.get("preprocess", {}).items()
         },
@@ -178,6 +178,7 @@ def _rung(
                 "runtime": {"requires": facts["requires"]} | ({"needs": facts["needs"]} if facts["needs"] else {}),
                 "accuracy": checked["accuracy"],
                 "latency": checked["latency"],
+                "delegation": facts["report"].get("delegation"),
                 "commands": facts["commands"],
                 "calibration": variant.record.calibration and variant.record.calibration.model_dump(mode="json")
                 if rung["precision"] in ("int8", "mixed") else None,
@@ -186,6 +187,11 @@ def _rung(
         )
     )  # fmt: skip
     return VariantContent(record, _contents(device, variant, rung, facts, files, checked, folder))
+
+
+def _aids(device: _Device) -> dict[str, str]:
+    """Options that name a file which helps the compile along: where the bundle's lies here."""
+    return {option: str(device.files[entry["file"]]) for option, entry in device.job.get("aids", {}).items()}
 
 
 def _precisions(job: Mapping[str, Any]) -> set[str]:
@@ -216,11 +222,14 @@ def _check(
     if device.compiler.runner(device.target) is None:
         hint = device.compiler.runner_hint(device.target)
         note = "not verified on a device: compiled where it cannot run, the figures are those of its lowered model"
-        return {"accuracy": built, "latency": {"evidence": "none"}, "notes": [note, *([hint] if hint else [])]}
+        return {
+            "accuracy": built, "latency": {"evidence": "none"}, "notes": [note, *([hint] if hint else [])], "files": {},
+        }  # fmt: skip
     outputs, golden = folder / "outputs.npz", device.files["golden-inputs.npz"]
     ran = run_artifact(device.compiler, device.target, artifact, files, golden, outputs, folder)
     expected = device.files["golden-outputs.npz"]
-    judged = compare_golden(expected, outputs, rung["precision"], folder, device.target.tag)
+    lowered = folder / "lowered" / "model.onnx"
+    judged = compare_golden(expected, outputs, rung["precision"], [lowered], folder, device.target.tag)
     if judged["reasons"]:
         raise AccuracyError("; ".join(judged["reasons"]), where=device.target.tag)
     accuracy = {key: value for key, value in judged.items() if key not in ("reasons", "suspicion", "metric")}
@@ -229,6 +238,7 @@ def _check(
         "accuracy": {**accuracy, "per_output": _rows(judged), "evidence": ran.evidence},
         "latency": {"evidence": ran.evidence if ran.latency else "none", **ran.latency},
         "notes": notes,
+        "files": ran.files,
     }
 
 
@@ -261,4 +271,5 @@ def _contents(
     report.write_bytes(canonical_json({**document, "compile": facts["report"]}))
     accuracy = folder / "accuracy.json"
     accuracy.write_bytes(canonical_json({"schema": 1, **checked["accuracy"]}))
-    return contents + [bundle_file(path.name, "report", path) for path in (report, accuracy)]
+    reports = {**checked["files"], report.name: report, accuracy.name: accuracy}
+    return contents + [bundle_file(name, "report", path) for name, path in reports.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from modelforge.bundle.read import Bundle, Variant, export_files
 from modelforge.bundle.record import VariantRecord
 from modelforge.compilers import compiler_names, get_compiler
 from modelforge.compilers.protocol import Compiler, Ran, RunJob, Toolchain
-from modelforge.errors import ModelForgeError
+from modelforge.errors import ModelForgeError, UnsupportedError
 from modelforge.target import Registry, Target, parse_target
 from modelforge.toolchains import worker
 
@@ -62,7 +62,10 @@ def check_golden(bundle: Bundle, variant: Variant) -> GoldenResult:
         outputs = workdir / "outputs.npz"
         files = export_files(bundle, variant, workdir / "files")
         ran = run_artifact(compiler, target, record.artifact.file, files, files["golden-inputs.npz"], outputs, workdir)
-        figures = compare_golden(files["golden-outputs.npz"], outputs, record.precision, workdir, tag)
+        lowered = lowered_models(variant, files)
+        figures = compare_golden(files["golden-outputs.npz"], outputs, record.precision, lowered, workdir, tag)
+    except UnsupportedError as error:
+        return not_run(error.what)
     except ModelForgeError as error:
         return GoldenResult(tag, record.stage, "failed", evidence, str(error), {})
     finally:
@@ -108,9 +111,25 @@ def run_artifact(
     return compiler.run(job)
 
 
-def compare_golden(reference: Path, value: Path, precision: str, workdir: Path, what: str) -> dict[str, Any]:
-    """Figures of outputs beside the golden ones; ``reasons`` is empty where they are as near as they must be."""
-    request = {"reference": str(reference), "value": str(value), "precision": precision}
+def lowered_models(variant: Variant, files: Mapping[str, Path]) -> list[Path]:
+    """The variant's lowered model: its graph says which channels of an output mean different things."""
+    known = variant.files.get("model.onnx")
+    return [files["model.onnx"]] if known is not None and known.role == "lowered-model" else []
+
+
+def compare_golden(
+    reference: Path, value: Path, precision: str, models: Sequence[Path], workdir: Path, what: str
+) -> dict[str, Any]:
+    """Figures of outputs beside the golden ones; ``reasons`` is empty where they are as near as they must be.
+
+    Outputs are judged by channel group, too, as the gate does: ``models`` are the lowered ones that give them.
+    """
+    request = {
+        "reference": str(reference),
+        "value": str(value),
+        "precision": precision,
+        "models": [str(model) for model in models],
+    }
     return worker.call(
         "modelforge.forge.worker:compare_golden", request, workdir=workdir / "judge", timeout=TIMEOUT,
         what=f"comparing the golden samples of {what}",

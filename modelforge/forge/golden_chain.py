@@ -12,8 +12,8 @@ from typing import Any
 from modelforge.bundle.read import Bundle, Variant, export_files
 from modelforge.compilers import compiler_names, get_compiler
 from modelforge.compilers.protocol import Toolchain
-from modelforge.errors import InputError, ModelForgeError
-from modelforge.forge.golden import TIMEOUT, compare_golden, run_artifact, running_target
+from modelforge.errors import InputError, ModelForgeError, UnsupportedError
+from modelforge.forge.golden import TIMEOUT, compare_golden, lowered_models, run_artifact, running_target
 from modelforge.toolchains import worker
 
 _COARSEST = ("int8", "mixed", "fp16", "fp32")
@@ -55,6 +55,7 @@ def _check(bundle: Bundle, split: Mapping[str, Any], chain: Mapping[str, Any]) -
         outputs: dict[str, Path] = {}
         golden: dict[str, Path] = {}
         precisions = set()
+        lowered: list[Path] = []
         by_name = {stage["name"]: stage for stage in split["stages"]}
         for member in chain["stages"]:
             name, tag = member["stage"], member["target"]
@@ -69,11 +70,16 @@ def _check(bundle: Bundle, split: Mapping[str, Any], chain: Mapping[str, Any]) -
             evidence = _run(bundle, variant, files, inputs, outputs[name], folder)
             ran.append({"stage": name, "target": tag, "evidence": evidence})
             precisions.add(variant.record.precision)
+            lowered += lowered_models(variant, files)
         wanted = {output["name"]: output["from"] for output in split["outputs"]}
         _gather(outputs, wanted, {}, workdir / "value.npz", workdir)
         _gather(golden, wanted, {}, workdir / "reference.npz", workdir)
         coarsest = next(each for each in _COARSEST if each in precisions)
-        figures = compare_golden(workdir / "reference.npz", workdir / "value.npz", coarsest, workdir, "the chain")
+        value = workdir / "value.npz"
+        figures = compare_golden(workdir / "reference.npz", value, coarsest, lowered, workdir, "the chain")
+    except UnsupportedError as error:
+        planned = ({"stage": each["stage"], "target": each["target"], "evidence": "none"} for each in chain["stages"])
+        return ChainResult(tuple(planned), "not run", error.what)
     except ModelForgeError as error:
         return ChainResult(tuple(ran), "failed", str(error))
     finally:

@@ -9,6 +9,8 @@ from typing import Any
 from modelforge import __version__
 from modelforge.bundle.layout import BundleContent, BundleFile, VariantContent
 from modelforge.bundle.record import VariantRecord
+from modelforge.forge.delegation import planned_delegation, together
+from modelforge.forge.partition import CPU_COMPILER
 from modelforge.forge.run import Built, RungResult, VariantResult
 from modelforge.forge.split_stages import Split
 from modelforge.graph.facts import TensorFacts
@@ -44,8 +46,9 @@ def variant_record(result: VariantResult, built: Built) -> VariantRecord:
     data["latency"] = _latency(chosen, race)
     if chosen.slower:
         notes.append(chosen.slower)
-    if chosen.describe is not None:
+    if chosen.describe is not None or (chosen.plan.compile and "calibration" in chosen.plan.compile.needs):
         data["calibration"] = dict(built.plan.intake.calibration_facts)
+    data["delegation"] = _delegation(result, built)
     if chosen.compile is not None:
         facts = chosen.compile.facts
         blob = chosen.compile.files[facts["artifact"]]
@@ -59,6 +62,17 @@ def variant_record(result: VariantResult, built: Built) -> VariantRecord:
     if suspicion := chosen.verify.facts["accuracy"].get("suspicion"):
         notes.append(suspicion)
     return VariantRecord.model_validate({**data, "notes": tuple(dict.fromkeys(notes))})
+
+
+def _delegation(result: VariantResult, built: Built) -> dict[str, Any] | None:
+    """What the compiler told of NPU and CPU; of the CPU's stage in a partition, what the plan knows."""
+    chosen = result.chosen
+    if chosen is None or chosen.compile is None:
+        return None
+    told = chosen.compile.facts["report"].get("delegation")
+    if told is None and result.plan.compiler == CPU_COMPILER and result.plan.target.tag in built.plan.partitions:
+        told = planned_delegation(built.plan, result.plan)
+    return None if told is None else {**told, "off_npu": tuple(told["off_npu"])}
 
 
 def bundle_content(built: Built, store: Store) -> BundleContent:
@@ -125,6 +139,8 @@ def _files(result: VariantResult, built: Built, store: Store) -> list[BundleFile
         files.append(_file(name, "golden", blob, store))
     for name, blob in (chosen.describe.files if chosen.describe else {}).items():
         files.append(_file(name, "report", blob, store))
+    for name, blob in chosen.verify.files.items():
+        files.append(_file(name, "report", blob, store))
     accuracy = {"schema": 1, **chosen.verify.facts["accuracy"], "ladder": [dict(entry) for entry in result.ladder]}
     files.append(_report("accuracy.json", accuracy, store))
     report = {"schema": 1, "prepare": built.prepare[result.plan.stage].facts, "lower": chosen.lower.facts}
@@ -150,6 +166,7 @@ def _job(result: VariantResult, built: Built, store: Store) -> list[BundleFile]:
             for name, blob in rung.lower.files.items():
                 files.append(_file(prefix + name, "lowered-model", blob, store))
     plan = result.plan
+    aids = {option: bundle_file(option.replace("_", "-"), "job", path) for option, path in plan.aids.items()}
     job = {
         "schema": 1,
         "compiler": plan.compiler,
@@ -157,7 +174,9 @@ def _job(result: VariantResult, built: Built, store: Store) -> list[BundleFile]:
         **plan.job,
         "rungs": rungs,
     }
-    return [*files, _report(JOB_FILE, job, store, role="job")]
+    if aids:
+        job["aids"] = {option: {"file": each.name, "digest": each.digest} for option, each in aids.items()}
+    return [*files, *aids.values(), _report(JOB_FILE, job, store, role="job")]
 
 
 def file_role(name: str, artifact: str) -> str:
@@ -168,6 +187,8 @@ def file_role(name: str, artifact: str) -> str:
         return "artifact-data"
     if name.startswith("lib"):
         return "runtime-library"
+    if name.endswith(".cache"):
+        return "job"
     if name.endswith((".log", ".txt")):
         return "log"
     return "report" if name.endswith(".json") else "runner"
@@ -281,6 +302,8 @@ def chain_facts(built: Built, split: Split) -> list[dict[str, Any]]:
     for chain in (each for each in built.chains if each.plan.split is split):
         members = [built.plan.variants[place] for place in chain.plan.members]
         row: dict[str, Any] = {"stages": [{"stage": each.stage, "target": each.target.tag} for each in members]}
+        shared = together([_delegation(built.variants[place], built) for place in chain.plan.members])
+        row |= {} if shared is None else {"delegation": shared}
         if chain.record is None:
             row["reason"] = chain.error.what if chain.error else "a variant of it is missing"
         else:

@@ -40,6 +40,11 @@ def host_of(target: Target, registry: Registry, where: str) -> Target:
     return replace(registry.get(target.host, where=str(target.path)), tag=target.tag)
 
 
+def is_npu(stage: str) -> bool:
+    """Whether a stage of a partition is the NPU's."""
+    return stage.endswith("-npu")
+
+
 def npu_support(intake: Intake, section: TargetSection, target: Target, graph: LayerGraph) -> Callable[[Layer], bool]:
     """Whether the NPU runs a layer."""
     compilers = [get_compiler(name) for name in target.compilers if section.compiler in (None, name)]

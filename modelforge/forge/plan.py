@@ -10,9 +10,9 @@ from typing import Any, Literal
 from modelforge.errors import RecipeError, ToolchainMissing, UnsupportedError, nearest
 from modelforge.forge.choice import Choice, choose
 from modelforge.forge.intake import Intake, require_build_extra, take_in
-from modelforge.forge.partition import CPU_COMPILER, host_of
-from modelforge.forge.rungs import RungPlan, Rungs, all_needs, compile_params
-from modelforge.forge.split_stages import Split, chosen_stages, is_npu, partition, split
+from modelforge.forge.partition import CPU_COMPILER, host_of, is_npu
+from modelforge.forge.rungs import RungPlan, Rungs, aids, all_needs, compile_params
+from modelforge.forge.split_stages import Split, chosen_stages, partition, split
 from modelforge.forge.stages import Stage, make_step, whole
 from modelforge.forge.step import Step
 from modelforge.recipe import Recipe, TargetSection, load_recipe
@@ -46,6 +46,7 @@ class VariantPlan:
     hint: str = ""
     prefer_speed: bool = False
     job: Mapping[str, Any] = field(default_factory=dict)
+    aids: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def make_plan(path: Path, *, tags: Sequence[str] = (), allow_deferred: bool = Fa
     variants: list[VariantPlan] = []
     partitions: dict[str, Split] = {}
     for section, target, where in zip(sections, targets, places, strict=True):
-        shared = partition(intake, section, target, one) if section.partition else None
+        shared = partition(intake, section, target, one, registry) if section.partition else None
         if shared is not None:
             partitions[target.tag] = shared
             variants += _shared(intake, shared, section, target, registry, where, allow_deferred)
@@ -179,7 +180,7 @@ def _shared(
 ) -> list[VariantPlan]:  # fmt: skip
     """The variants of a partition: the NPU's by its own compiler, the others for the CPU beside it, in FP32."""
     host = host_of(target, registry, where)
-    beside = section.model_copy(update={"compiler": CPU_COMPILER, "precision": ("fp32",), "tensorrt": None})
+    beside = section.for_compiler(CPU_COMPILER, "fp32")
     return [
         _variant(Rungs(intake, stage), section, target, where, allow_deferred)
         if is_npu(stage.name)
@@ -250,4 +251,5 @@ def _wanted(rungs: Rungs, section: TargetSection, target: Target, choice: Choice
         hint=compiler.runner_hint(target) if found else "",
         prefer_speed=section.prefer == "speed",
         job=compile_params(rungs.intake, rungs.stage, section, compiler),
+        aids=aids(rungs.intake, section, compiler),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from modelforge.compilers.protocol import Compiler
@@ -58,8 +59,10 @@ def compile_params(intake: Intake, stage: Stage, section: TargetSection, compile
         "inputs": stage_shapes(stage),
         "dims": {symbol: dim.facts() for symbol, dim in intake.recipe.dims.items()},
     }
-    if options := section.sections.get(compiler.section or ""):
-        params["options"] = dict(options)
+    aids = section.aids(compiler.section)  # the compiler gets their paths, which differ from machine to machine
+    given = section.sections.get(compiler.section or "", {})
+    if options := {name: value for name, value in given.items() if name not in aids}:
+        params["options"] = options
     if intake.recipe.preprocess:
         params["preprocess"] = {
             name: each.model_dump(mode="json") for name, each in sorted(intake.recipe.preprocess.items())
@@ -73,15 +76,31 @@ def own_files(intake: Intake, section: TargetSection, compiler: Compiler) -> dic
     Raises:
         RecipeError: there is no such file.
     """
-    found = {}
-    for option, name in section.files(compiler.section).items():
-        path = intake.recipe.folder / name
-        if not path.is_file():
-            index = intake.recipe.targets.index(section)
-            where = intake.recipe.where("target", index, str(compiler.section), option)
-            raise RecipeError(f"there is no file {name}", where=where, fix="give a path relative to the recipe")
-        found[f"own-{option}"] = file_source(option, path)
-    return found
+    named = section.files(compiler.section)
+    return _sources({option: _named_file(intake, section, compiler, option, name) for option, name in named.items()})
+
+
+def aids(intake: Intake, section: TargetSection, compiler: Compiler) -> dict[str, Path]:
+    """The files that a target's options name to help a compile along, by option.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    named = section.aids(compiler.section)
+    return {option: _named_file(intake, section, compiler, option, name) for option, name in named.items()}
+
+
+def _sources(paths: dict[str, Path]) -> dict[str, Source]:
+    return {f"own-{option}": file_source(option, path) for option, path in paths.items()}
+
+
+def _named_file(intake: Intake, section: TargetSection, compiler: Compiler, option: str, name: str) -> Path:
+    path = intake.recipe.folder / name
+    if not path.is_file():
+        index = intake.recipe.targets.index(section)
+        where = intake.recipe.where("target", index, str(compiler.section), option)
+        raise RecipeError(f"there is no file {name}", where=where, fix="give a path relative to the recipe")
+    return path
 
 
 def stage_shapes(stage: Stage) -> dict[str, list[int | str]]:
@@ -106,7 +125,10 @@ class Rungs:
             "precision": precision,
         }
         own = own_files(self.intake, section, compiler)
-        lowered = "fp32" if own else precision  # the user's own file is lowered already
+        calibration: dict[str, Step | Source] = {}
+        if precision == "int8" and section.quantizes(compiler.section) and self.stage.calibration is not None:
+            calibration = {"calibration": self.stage.calibration}
+        lowered = "fp32" if own or calibration else precision  # the user's own file is lowered already
         lower = self._lower(lowered, compiler.dialect(target), _needs_reduced_range(target))
         needs: dict[str, Step | Source] = {
             "lowered": lower,
@@ -120,8 +142,11 @@ class Rungs:
             job = compile_params(self.intake, self.stage, section, compiler)
             params = {**profile, "code": compiler.code_version, **job}
             title = self.stage.titled(f"compile {target.tag} {precision}")
-            build = make_step("compile", title, params, {"lowered": lower, **own}, found.versions)
-            needs["compiled"] = build
+            helped = _sources(aids(self.intake, section, compiler))
+            build = make_step(
+                "compile", title, params, {"lowered": lower, **own, **helped, **calibration}, found.versions
+            )
+            needs |= {"compiled": build, **calibration}
         evidence = (compiler.runner(target) if build else None) or "reference"
         judged = {
             **profile,
@@ -190,8 +215,11 @@ class Rungs:
         ranges = self.ranges
         calibration = {"calibration": ranges.needs["calibration"]}
         if precision == "fp16":
-            needs |= {"half_ranges": ranges}
-            return make_step("lower", titled("lower to fp16"), {"precision": precision}, needs)
+            # Nodes to keep in FP32 are never found on what judges them: without calibration data, none are looked for.
+            needs |= {"half_ranges": ranges} | (calibration if self.stage.calibration is not None else {})
+            floor = self.stage.metric["rules"].get("min_sqnr_db")
+            asked = {} if floor is None else {"floor_db": floor}
+            return make_step("lower", titled("lower to fp16"), {"precision": precision, **asked}, needs)
         how = {"dialect": dialect, "reduce_range": reduce_range, "method": self.intake.calibration_facts["method"]}
         params = {"precision": precision, **how}
         needs |= {"ranges": ranges}

@@ -6,15 +6,16 @@ calibrated, lowered, compiled and judged by itself, on what the stages before it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
 
 from modelforge.errors import RecipeError, UnsupportedError, nearest
+from modelforge.forge.delegation import crossing_costs
 from modelforge.forge.intake import Intake, Shapes
-from modelforge.forge.partition import LEAST_SHARE, npu_support
+from modelforge.forge.partition import LEAST_SHARE, host_of, is_npu, npu_support
 from modelforge.forge.split_choices import candidates, tier_choices
 from modelforge.forge.splitting import Planned, SplitWish, plan_stages
 from modelforge.forge.stages import Stage, front_steps, make_step, metric_of
@@ -22,7 +23,7 @@ from modelforge.forge.step import Source, Step
 from modelforge.forge.tiers import TierSetup, TierWish, tier_problem
 from modelforge.graph.inspect import inspect_proto
 from modelforge.graph.split import BySupport, plan_split
-from modelforge.graph.split_graph import read_layers
+from modelforge.graph.split_graph import Layer, read_layers
 from modelforge.graph.split_plan import INPUT, CutTensor, SplitPlan, StagePlan, plan_from_facts
 from modelforge.graph.split_tiers import Link, TierProblem
 from modelforge.graph.split_write import describe, stage_models
@@ -40,6 +41,7 @@ class Split:
 
     Attributes:
         joined: holds the chain of FP32 stages against the whole model, on the evaluation data.
+        costs: of a partition, what each stage on the NPU costs to hand over to, and saves.
     """
 
     plan: SplitPlan
@@ -48,10 +50,12 @@ class Split:
     joined: Step
     planned: Planned
     problem: TierProblem | None = None
+    costs: tuple[Mapping[str, Any], ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """The stage manifest, as the bundle carries it."""
-        return {**describe(self.plan), "transport": self.transport}
+        costs = {"costs": [dict(each) for each in self.costs]} if self.costs else {}
+        return {**describe(self.plan), "transport": self.transport, **costs}
 
     def choices(self) -> dict[str, Any]:
         """What the split was chosen among, for the report."""
@@ -83,24 +87,33 @@ def split(intake: Intake, section: SplitSection, whole: Stage, registry: Registr
     return _assembled(intake, whole, Planned(planned.graph, plan, planned.notes), section.transport, problem)
 
 
-def partition(intake: Intake, section: TargetSection, target: Target, whole: Stage) -> Split | None:
+def partition(intake: Intake, section: TargetSection, target: Target, whole: Stage, registry: Registry) -> Split | None:
     """Share a target's model out between its NPU and the CPU beside it; None where the NPU takes all of it.
+
+    A part of the NPU's that costs more to hand over to than it saves, by estimate, is left to the CPU.
 
     Raises:
         InputError: of any branch: nothing is left for the NPU, or a tensor cannot cross.
     """
     recipe = intake.recipe
     where = recipe.where("target", recipe.targets.index(section), "partition")
+    host = host_of(target, registry, where)
     sizes = {symbol: dim.usual for symbol, dim in recipe.dims.items()}
     graph = read_layers(recipe.model, sizes, intake.inputs)
-    supports = npu_support(intake, section, target, graph)
-    way = BySupport(supports, names=(f"{target.tag}-npu", f"{target.tag}-cpu"), least_share=LEAST_SHARE)
-    plan = plan_split(graph, way, intake.inputs)
-    on_npu = [stage for stage in plan.stages if is_npu(stage.name)]
-    if not on_npu:
+    runs, left = npu_support(intake, section, target, graph), frozenset[int]()
+    names = (f"{target.tag}-npu", f"{target.tag}-cpu")
+    while True:
+        way = BySupport(_without(left, runs), names=names, least_share=LEAST_SHARE)
+        plan = plan_split(graph, way, intake.inputs)
+        costs = crossing_costs(plan, graph, target, host, section.precision[0])
+        losing = {each["stage"] for each in costs if (each["seconds"]["saved"] or 0) < 0}
+        if not losing or len(plan.stages) == 1:
+            break
+        left |= {node for stage in plan.stages if stage.name in losing for node in stage.nodes}
+    if not any(is_npu(stage.name) for stage in plan.stages):
         raise UnsupportedError(
             f"no part of the model is worth handing to the NPU of {target.tag}: each that its compiler takes has less "
-            f"than {LEAST_SHARE:.0%} of the arithmetic",
+            f"than {LEAST_SHARE:.0%} of the arithmetic, or costs more to hand over than it saves",
             where=where,
             fix="take `partition` out and choose a CPU target",
         )
@@ -108,12 +121,12 @@ def partition(intake: Intake, section: TargetSection, target: Target, whole: Sta
         return None
     for tensor in (each for stage in plan.stages for each in stage.inputs):
         _check_crossing(intake, tensor)
-    return _assembled(intake, whole, Planned(graph, plan, ()), "fp32", None)
+    split = _assembled(intake, whole, Planned(graph, plan, ()), "fp32", None)
+    return replace(split, costs=tuple(costs))
 
 
-def is_npu(stage: str) -> bool:
-    """Whether a stage of a partition is the NPU's."""
-    return stage.endswith("-npu")
+def _without(nodes: frozenset[int], supports: Callable[[Layer], bool]) -> Callable[[Layer], bool]:
+    return lambda layer: layer.node not in nodes and supports(layer)
 
 
 def _assembled(intake: Intake, whole: Stage, planned: Planned, transport: str, problem: TierProblem | None) -> Split:

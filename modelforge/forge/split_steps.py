@@ -152,7 +152,7 @@ def _run_stage(stage: Mapping[str, Any], inputs: Path, outputs: Path, folder: Pa
     from modelforge.compilers.protocol import RunJob
 
     (folder / "run").mkdir()
-    need = f"compiled-{name}"
+    need, samples = f"compiled-{name}", f"calibration-{name}"
     parts = (f"lowered-{name}", need)
     job = RunJob(
         files={title: context.folder(part) / title for part in parts for title in context.files(part)},
@@ -163,5 +163,6 @@ def _run_stage(stage: Mapping[str, Any], inputs: Path, outputs: Path, folder: Pa
         outputs=outputs,
         workdir=folder / "run",
         timeout=timeout,
+        calibration=context.files(samples)["samples.npz"] if samples in context.needs else None,
     )
     return get_compiler(stage["compiler"]).run(job).evidence

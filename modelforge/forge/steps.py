@@ -22,7 +22,7 @@ from modelforge.toolchains import worker
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 1, "reference": 1, "baseline": 1, "calibrate": 2, "rank": 2, "search": 3, "lower": 7, "compile": 2,
+    "prepare": 2, "reference": 1, "baseline": 1, "calibrate": 3, "rank": 3, "search": 3, "lower": 8, "compile": 2,
     "verify": 5, "describe": 1, "race": 1, "estimate": 1,
     "placement": 1,
 }  # fmt: skip
@@ -125,6 +125,9 @@ def lower(context: Context) -> Result:
     }
     if "half_ranges" in context.needs:
         request["half_ranges"] = str(context.files("half_ranges")["ranges.json"])
+        if "calibration" in context.needs:
+            request["samples"] = str(context.files("calibration")["samples.npz"])
+        request["floor_db"] = context.params.get("floor_db")
     if "ranges" in context.needs:
         request |= {
             "ranges": str(context.files("ranges")["ranges.json"]),
@@ -157,9 +160,15 @@ def compile(context: Context) -> Result:
         preprocess={
             name: PreprocessSection.model_validate(each) for name, each in params.get("preprocess", {}).items()
         },
+        calibration=_calibration(context),
     )
     facts, files = compile_model(compiler, job, {str(context.workdir): "WORK"})
     return Result(facts, files)
+
+
+def _calibration(context: Context) -> Path | None:
+    """The samples, where the compiler makes INT8 itself."""
+    return context.files("calibration")["samples.npz"] if "calibration" in context.needs else None
 
 
 def _own_files(context: Context) -> dict[str, str]:
@@ -177,6 +186,7 @@ def verify(context: Context) -> Result:
     params = context.params
     outputs = context.workdir / "outputs.npz"
     ran: dict[str, Any] = {"evidence": params["evidence"], "notes": [], "latency": {}}
+    files: Mapping[str, Path] = {}
     samples = context.files("samples")["samples.npz"]
     if params["evidence"] == "reference" and not params.get("own"):
         model = context.folder("lowered") / "model.onnx"
@@ -198,10 +208,12 @@ def verify(context: Context) -> Result:
             workdir=workdir,
             timeout=params["timeout"],
             timed=tuple(params.get("timed", ())),
+            calibration=_calibration(context),
         )
         result = get_compiler(params["compiler"]).run(job)
         ran = {"evidence": result.evidence, "notes": list(result.notes), "latency": dict(result.latency)}
         ran |= {"own": True} if params.get("own") else {}
+        files = result.files
     request = {
         "samples": str(samples),
         "reference": str(context.files("reference")["outputs.npz"]),
@@ -212,7 +224,7 @@ def verify(context: Context) -> Result:
         "models": [str(context.files("lowered")["model.onnx"])],
     }
     verdict = call("judge", request, context, "judging the outputs")
-    return Result({**ran, "accuracy": verdict})
+    return Result({**ran, "accuracy": verdict}, files)
 
 
 def _how(context: Context) -> dict[str, Any]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from modelforge.errors import UnsupportedError
 
 Request = dict[str, Any]
+
+HALF_SAMPLES = 16
+"""Calibration samples that say whether FP16 is near enough: the first ones, each an FP32 forward and one rounded."""
 
 
 def prepare(request: Request) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def lower(request: Request) -> dict[str, Any]:
             shutil.copyfile(path, folder / path.name)
         return {}
     if request["precision"] == "fp16":
-        return _to_half(model, folder, model, request["half_ranges"])
+        return _to_half(model, folder, model, request["half_ranges"], request.get("samples"), request.get("floor_db"))
     raise UnsupportedError(f"there is no lowering to {request['precision']}")
 
 
@@ -180,15 +184,31 @@ def _feeds(model: Path, samples: Path, step: int = 8) -> Iterator[dict[str, Any]
         yield {name: array if is_batched(shapes[name]) else array[0, ...] for name, array in rows.items()}
 
 
-def _to_half(model: Path, folder: Path, prepared: Path, ranges: str) -> dict[str, Any]:
-    """FP16 but for the nodes whose values, by the ranges of the prepared model, FP16 cannot hold."""
+def _to_half(
+    model: Path, folder: Path, prepared: Path, ranges: str, samples: str | None = None, floor_db: float | None = None
+) -> dict[str, Any]:
+    """FP16 but for the nodes whose values, by the ranges of the prepared model, FP16 cannot hold.
+
+    With calibration samples, but for those as well without which an output stays below 45 dB, or what the recipe asks.
+    """
     from modelforge.graph.fp16 import convert_fp16
     from modelforge.quantize.half import overflowing
+    from modelforge.quantize.half_search import WANTED_DB, search_half
+    from modelforge.verify.gate import FLOORS
 
-    beyond = overflowing(prepared, _ranges(ranges))
-    report = asdict(convert_fp16(model, folder, keep_fp32=set(beyond)))
+    keep = overflowing(prepared, _ranges(ranges))
+    report = asdict(convert_fp16(model, folder, keep_fp32=set(keep)))
+    found = None
+    if samples is not None:
+        least = FLOORS["fp16"][0] if floor_db is None else floor_db
+        feeds = islice(_feeds(model, Path(samples), 1), HALF_SAMPLES)
+        found = search_half(prepared, feeds, keep=set(keep), wanted_db=max(WANTED_DB, least), least_db=least)
+    if found is not None and found.kept:
+        keep |= dict.fromkeys(found.kept, found.reason)
+        report = asdict(convert_fp16(model, folder, keep_fp32=set(keep)))
     kept = {name: reason for name, reason in report["kept"].items() if "quantization scale" not in reason}
-    return {"fp16": {**report, "kept": {**kept, **beyond}}}
+    facts = {**report, "kept": {**kept, **keep}}
+    return {"fp16": facts if found is None else {**facts, "search": found.facts()}}
 
 
 def emulate(request: Request) -> dict[str, Any]:
@@ -401,15 +421,23 @@ def _samples(path: str) -> tuple[dict[str, Any], Any]:
 
 
 def compare_golden(request: Request) -> dict[str, Any]:
-    """Outputs beside the golden ones, by the floors of the precision: golden samples are too few for a label metric."""
+    """Outputs beside the golden ones, by the floors of the precision: golden samples are too few for a label metric.
+
+    ``models``: the lowered ones that give the outputs, for their channel groups. Scores that are silent in the golden
+    samples say nothing there, as of a picture without any object.
+    """
     from modelforge.verify.gate import GateRules
     from modelforge.verify.gate import judge as judge_outputs
+    from modelforge.verify.metrics import is_silent
 
     rules = GateRules(metric="sqnr", max_drop=None)
-    verdict = judge_outputs(
-        rules, None, request["precision"], _load(request["reference"]), _load(request["value"]), None
-    )
-    return verdict.facts()
+    reference, value = _load(request["reference"]), _load(request["value"])
+    groups = [
+        group
+        for group in _groups(request.get("models", ()), reference)
+        if not is_silent(group, reference[group.output])
+    ]
+    return judge_outputs(rules, None, request["precision"], reference, value, None, groups).facts()
 
 
 def describe(request: Request) -> dict[str, Any]:

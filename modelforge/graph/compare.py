@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from modelforge.errors import ModelError
+from modelforge.graph.choices import deciding_values
 from modelforge.graph.shapes import dimension
 
 Array = NDArray[Any]
@@ -45,11 +47,17 @@ _NUMPY = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One feed, and what the reference gives for it. Arrays by input and by output name."""
+    """One feed, and what the reference gives for it. Arrays by input and by output name.
+
+    Attributes:
+        sizes: that the open dimensions have.
+        values: of inputs that were not left to chance: see :mod:`modelforge.graph.choices`.
+    """
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Array]
     sizes: Mapping[str, int]
+    values: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,9 @@ class Difference:
     reason: str = ""
 
 
-def open_session(model: Path, *, optimize: bool = True) -> Any:
-    """An ONNX Runtime CPU session, quiet. ``optimize`` False runs the nodes as they stand.
+def open_session(model: Path | ModelProto, *, optimize: bool = True) -> Any:
+    """An ONNX Runtime CPU session, quiet, of a file or of a model in memory. ``optimize`` False runs the nodes as they
+    stand.
 
     Raises:
         RuntimeError: ONNX Runtime does not load the model (its classes derive from RuntimeError or Exception).
@@ -72,7 +81,8 @@ def open_session(model: Path, *, optimize: bool = True) -> Any:
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    source = model.SerializeToString() if isinstance(model, ModelProto) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def reference_samples(
@@ -81,7 +91,8 @@ def reference_samples(
     """Run the original on random inputs, at up to ``most`` bindings of its open sizes.
 
     The first has the ``sizes`` given; open sizes beside those are tried from small common ones until the model runs.
-    The second differs in every open size if the model lets it: a size that was baked in by mistake then shows.
+    The second differs in every open size if the model lets it: a size that was baked in by mistake then shows. Where an
+    input chooses the branch of an If, this is so for each branch that runs.
 
     Raises:
         ModelError: ONNX Runtime does not load the model, or runs it at no size that was tried.
@@ -95,7 +106,28 @@ def reference_samples(
             fix="the FP32 model must run in ONNX Runtime before anything is built from it",
         ) from None
     samples: list[Sample] = []
-    failure = ""
+    failures: list[str] = []
+    for values in deciding_values(model):
+        samples += _samples_at(session, shapes, sizes, values, most, failures)
+    if not samples:
+        raise ModelError(
+            f"ONNX Runtime fails to run the model on random inputs: {failures[0]}",
+            where=where,
+            fix="give the shapes that the model takes under [inputs.*] and [dims] in the recipe",
+        )
+    return samples
+
+
+def _samples_at(
+    session: Any,
+    shapes: Mapping[str, tuple[int | str, ...]],
+    sizes: Mapping[str, int],
+    values: Mapping[str, int],
+    most: int,
+    failures: list[str],
+) -> list[Sample]:
+    """Samples with these values of some inputs; none where the model does not run with them. Adds why it failed."""
+    samples: list[Sample] = []
     first = itertools.islice(_bindings(session, shapes, sizes), _ATTEMPTS)
     others = itertools.islice(_bindings(session, shapes, {}), _ATTEMPTS)
     again = itertools.islice(_bindings(session, shapes, sizes), _ATTEMPTS)
@@ -106,16 +138,12 @@ def reference_samples(
             if samples and not _differs(binding, samples[0].sizes, all_new):
                 continue
             inputs = random_inputs(session, shapes, binding, seed=SEED + len(samples))
+            for name, value in values.items():
+                inputs[name] = np.full_like(inputs[name], value)
             try:
-                samples.append(Sample(inputs, run(session, inputs), binding))
-            except Exception as error:  # as above
-                failure = failure or _head(error)
-    if not samples:
-        raise ModelError(
-            f"ONNX Runtime fails to run the model on random inputs: {failure}",
-            where=where,
-            fix="give the shapes that the model takes under [inputs.*] and [dims] in the recipe",
-        )
+                samples.append(Sample(inputs, run(session, inputs), binding, values))
+            except Exception as error:  # ONNX Runtime raises classes of its C++ module that share no base
+                failures.append(_head(error))
     return samples
 
 

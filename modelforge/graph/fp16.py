@@ -61,21 +61,38 @@ def convert_fp16(model: Path, folder: Path, *, keep_fp32: KeepFp32 = ()) -> Fp16
     if graph.functions:
         common.InlinePass()(graph)
     run_passes(graph, [LiftConstants(), UniqueNames(), InferShapes()], str(model))
-    wanted = keep_fp32 if callable(keep_fp32) else lambda node: node.name in keep_fp32
-    conversion = _Conversion(graph, _plan(graph, wanted))
-    conversion.convert(graph.graph)
+    halved = halve(graph, keep_fp32)
     run_passes(graph, [RemoveDeadNodes()], str(model))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fp16-") as temporary:
         files = save(graph, Path(temporary))
         _check(files[0], model)
         for file in reversed(files):  # the model last: it is what says that its data is complete
             shutil.move(file, folder / file.name)
+    return halved.report
+
+
+@dataclass(frozen=True)
+class Halved:
+    """A conversion in memory: what it did, and the names of the nodes that compute in FP16, in graph order."""
+
+    report: Fp16Report
+    nodes: tuple[str, ...]
+
+
+def halve(graph: onnx_ir.Model, keep_fp32: KeepFp32 = ()) -> Halved:
+    """Convert in place as :func:`convert_fp16` does, with nothing checked. Constants must be initializers, node names
+    unique and types inferred; what nothing reads any more is left in the graph."""
+    wanted = keep_fp32 if callable(keep_fp32) else lambda node: node.name in keep_fp32
+    conversion = _Conversion(graph, _plan(graph, wanted))
+    conversion.convert(graph.graph)
     plans = conversion.plans
-    return Fp16Report(
-        converted=sum(1 for node, plan in plans.items() if plan.half and node.op_type not in CARRIERS),
+    computing = tuple(str(node.name) for node, plan in plans.items() if plan.half and node.op_type not in CARRIERS)
+    report = Fp16Report(
+        converted=len(computing),
         kept={str(node.name): plan.reason for node, plan in plans.items() if not plan.half and plan.reason},
         casts=conversion.casts,
     )
+    return Halved(report, computing)
 
 
 def _plan(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Node], bool]) -> dict[onnx_ir.Node, Plan]:

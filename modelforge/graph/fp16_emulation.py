@@ -33,12 +33,17 @@ def emulate_fp16(model: Path, folder: Path) -> Path | None:
     proto = onnx.load(model) if len(model_files(model)) > 1 else parse(model)
     if not _has_half(proto.graph):
         return None
-    proto = onnx.shape_inference.infer_shapes(proto)
-    _Emulation(proto).rewrite(proto.graph)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
-    onnx.save(proto, path)
+    onnx.save(emulated(proto), path)
     return path
+
+
+def emulated(proto: ModelProto) -> ModelProto:
+    """The same in memory; takes no external data, and a model without an FP16 tensor comes back as it was."""
+    proto = onnx.shape_inference.infer_shapes(proto)
+    _Emulation(proto).rewrite(proto.graph)
+    return proto
 
 
 class _Emulation:

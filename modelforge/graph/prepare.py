@@ -46,20 +46,27 @@ class PrepareReport:
 
     Attributes:
         passes: of each graph pass, whether it changed the model.
+        input_shapes: ``kept``, or ``discarded: reason`` where ONNX Runtime refuses the model with the recipe's sizes
+            written into it, as it does where a branch that is never taken at these sizes cannot have them; the inputs
+            are as open then as they came.
         simplify: ``kept``, or ``discarded: reason``.
         opset: the standard domain's version in the result, 0 where it uses no standard operator.
         opset_raised: ``no``, ``from N``, or ``discarded: reason``.
         max_abs_diff: largest absolute difference of any output, prepared against original, on random inputs.
         sizes: the sizes that the open dimensions had in that comparison, one entry a sample.
+        values: of the inputs that choose the branch of an If, in that comparison, one entry a sample; a branch that is
+            not met there is as it was written, but for what onnxsim may have made of it unseen.
         nodes_before, nodes_after: nodes of the graph and its bodies.
     """
 
     passes: Mapping[str, bool]
+    input_shapes: str
     simplify: str
     opset: int
     opset_raised: str
     max_abs_diff: float
     sizes: tuple[Mapping[str, int], ...]
+    values: tuple[Mapping[str, int], ...]
     nodes_before: int
     nodes_after: int
 
@@ -85,10 +92,18 @@ def prepare(
     passes = run_passes(graph, [RemoveInitializerInputs(), SetInputShapes(inputs, where), *_tidy()], where)
     shapes = {str(value.name): read_shape(value) or () for value in graph.graph.inputs if value.shape is not None}
     samples = reference_samples(model, shapes, sizes or {}, where)
+    input_shapes = "kept"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as temporary:
         work = Path(temporary)
         current = save(graph, work, "tidy.onnx")[0]
         difference = compare(current, samples)
+        if difference.reason and passes["SetInputShapes"]:
+            open_graph = load(model)
+            passes = run_passes(open_graph, [RemoveInitializerInputs(), *_tidy()], where) | {"SetInputShapes": False}
+            current = save(open_graph, work, "tidy.onnx")[0]
+            # It is compared at sizes of its own as well: there, other branches run.
+            samples += reference_samples(model, {}, {}, where)
+            input_shapes, difference = f"discarded: {difference.reason}", compare(current, samples)
         if difference.reason:
             raise BuildError(
                 f"the graph passes change what the model computes: {difference.reason}",
@@ -108,11 +123,13 @@ def prepare(
             shutil.move(file, folder / file.name)
     return PrepareReport(
         passes=passes,
+        input_shapes=input_shapes,
         simplify=verdict,
         opset=graph.opset_imports.get("", 0),
         opset_raised=opset_raised,
         max_abs_diff=difference.max_abs,
         sizes=tuple(sample.sizes for sample in samples),
+        values=tuple(sample.values for sample in samples),
         nodes_before=nodes_before,
         nodes_after=count_nodes(graph),
     )

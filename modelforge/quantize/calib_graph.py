@@ -61,6 +61,8 @@ class Probe:
         sum: whether its sum is taken, to find NaN.
         whole: the subsample is all of it, so that it is handed over as it is and nothing is reduced: this spares small
             tensors, of which there are many, all the added nodes.
+        by_sample: the subsample is taken of each row along the first axis on its own: the same elements of a sample,
+            however many run together.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Probe:
     channel_axis: int | None
     sum: bool
     whole: bool
+    by_sample: bool = False
 
 
 @dataclass
@@ -254,8 +257,9 @@ class _Writer:
         if step is None:
             self._samples.append(flat)
         else:
-            ends = self._ints(np.iinfo(np.int64).max)
-            self._samples.append(self._node("Slice", [flat, self._ints(0), ends, self._ints(0), step], f"sample{end}"))
+            rows = self._node("Reshape", [x, self._ints(0, -1)], f"rows{end}") if probe.by_sample else flat
+            axis, ends = self._ints(int(probe.by_sample)), self._ints(np.iinfo(np.int64).max)
+            self._samples.append(self._node("Slice", [rows, self._ints(0), ends, axis, step], f"sample{end}"))
         if probe.channel_axis is not None:
             shaped = (x, x)
             if self._careful:

@@ -25,6 +25,7 @@ from modelforge.quantize.calib_derive import Derived, Floats
 from modelforge.quantize.calib_graph import (
     Activations,
     Probe,
+    Shape,
     Shapes,
     channel_axis,
     choose_step,
@@ -69,11 +70,13 @@ class _Seen:
         if minimum > maximum:
             return
         # Adding zero makes -0.0 of 0.0: both are met, and a table must not depend on which came first.
-        self.minimum, self.maximum = min(self.minimum, minimum) + 0.0, max(self.maximum, maximum) + 0.0
-        grid = Histogram.spanning(self.minimum, self.maximum)
-        if self.bins is not None:
-            grid = self.bins if (grid.low, grid.high) == (self.bins.low, self.bins.high) else self.bins.rebinned(grid)
-        self.bins = grid.plus(values)
+        low, high = min(self.minimum, minimum) + 0.0, max(self.maximum, maximum) + 0.0
+        if self.bins is None or (low, high) != (self.minimum, self.maximum):
+            grid = Histogram.spanning(low, high)
+            if self.bins is None or (grid.low, grid.high) != (self.bins.low, self.bins.high):
+                self.bins = grid if self.bins is None else self.bins.rebinned(grid)
+        self.minimum, self.maximum = low, high
+        self.bins = self.bins.plus(values)
         self.zeros += int(values.size - np.count_nonzero(values))
 
     def add_all(self, values: Floats) -> None:
@@ -195,9 +198,13 @@ class Calibration:
         sizes = {name: _size(shapes.get(name)) for name in found.measured}
         total = sum(size or 0 for size in sizes.values()) / number
         share = total * SAMPLED_SHARE / max(1, len(found.measured))
-        elements = round(min(max(share, SAMPLED_AT_LEAST), SAMPLED_AT_MOST)) * number
+        elements = round(min(max(share, SAMPLED_AT_LEAST), SAMPLED_AT_MOST))
         inputs = {*self.inputs}
-        steps = {name: choose_step(shapes.get(name), elements) if self._known else None for name in found.measured}
+        rows = self._shapes_of_one(feeds, shapes, number) if self._known else {}
+        steps: dict[str, int | None] = dict.fromkeys(found.measured)
+        if self._known:
+            joint = {name: choose_step(shapes.get(name), elements * number) for name in found.measured}
+            steps = joint | {name: choose_step(rows[name], elements) for name in found.measured if name in rows}
         whole = {name for name, step in steps.items() if step == 1 and name not in inputs} - {*self._channels}
         summed = tensors_to_sum(proto, [name for name in found.measured if name not in whole])
         self._probes = [
@@ -207,6 +214,7 @@ class Calibration:
                 channel_axis=self._axis(proto, name, shapes) if name in self._channels else None,
                 sum=name in summed,
                 whole=name in whole,
+                by_sample=name in rows,
             )
             for name in found.measured
         ]
@@ -224,6 +232,13 @@ class Calibration:
         source = [proto]
         del proto
         self._session = _session(source, self._model, self._threads)
+
+    def _shapes_of_one(self, feeds: Feeds, shapes: Mapping[str, Shape], number: int) -> dict[str, Shape]:
+        """Of the tensors whose first axis is the samples that run together: their shapes for one sample alone."""
+        if number == 1:
+            return {}
+        _, single = self._shapes.at({name: (1, *array.shape[1:]) for name, array in feeds.items()})
+        return {name: one for name, one in single.items() if one[:1] == (1,) and shapes.get(name) == (number, *one[1:])}
 
     def _measure_all(self) -> None:
         """Go on carefully, with nothing derived."""

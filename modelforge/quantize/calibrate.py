@@ -51,7 +51,8 @@ def calibrate(
         channels: names of tensors whose largest absolute value is wanted for each channel too, along axis 1 beside
             convolutions and poolings, else along the last.
         batch: samples of an .npz that run together, where all inputs have a symbol first; by default one, or more of
-            a small model, whose cost is otherwise that of starting operators. Which elements are sampled depends on it.
+            a small model, whose cost is otherwise that of starting operators. Which elements of a sample are counted
+            does not depend on it, but in tensors whose first axis is another than the samples'.
         threads: of ONNX Runtime, within one operator.
         data_digest: of the samples, where it is known already; else it is taken of what is run.
 

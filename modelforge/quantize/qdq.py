@@ -368,10 +368,17 @@ class _Emitter:
         return output
 
     def _initializer(self, array: Array, name: str) -> onnx_ir.Value:
-        tensor = onnx_ir.tensor(array, name=name)
-        value = onnx_ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return add_initializer(self.graph, array, name)
+
+
+def add_initializer(graph: onnx_ir.Graph, array: Array, name: str) -> onnx_ir.Value:
+    """A constant of the graph. (``onnx_ir.tensor`` tells arrays by ``isinstance`` of a protocol, which is slow.)"""
+    tensor = onnx_ir.Tensor(array, name=name)
+    value = onnx_ir.Value(
+        name=name, shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def _base(value: onnx_ir.Value, like: onnx_ir.Value) -> str:

@@ -21,7 +21,6 @@ Together with :mod:`modelforge.quantize.search`, the smallest set of layers to k
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,9 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelforge.errors import BuildError, DataError
-from modelforge.graph.load import INLINE_BYTES, save
-from modelforge.graph.passes import RemoveDeadNodes, run_passes
 from modelforge.quantize.blocks import find_blocks
 from modelforge.quantize.placement import fused_tail
-from modelforge.quantize.qdq import place_model
+from modelforge.quantize.qdq import add_initializer, place_model
 from modelforge.quantize.ranges import RangeTable
 from modelforge.quantize.weights import along
 from modelforge.samples import is_batched, stream_samples
@@ -45,6 +42,10 @@ Array = NDArray[Any]
 
 LARGEST_DB = 200.0
 """An SQNR is cut to +-200 dB, so that it stays a JSON number where there is no noise, or nothing but noise."""
+
+
+COPIED_BYTES = 1024
+"""Constants up to this size stay in the protobuf: ONNX Runtime looks into shapes and the like as it loads it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def rank_layers(
     *,
     dialect: str,
     method: str = "auto",
-    count: int = 8,
+    count: int = 16,
     exclude: Collection[str] = (),
     reduce_range: bool = False,
     threads: int = 1,
@@ -116,9 +117,10 @@ def rank_layers(
     exact = {str(node.name): tuple(node.inputs) for node in shadowed.graph}
     placed.emit(table, method, reduce_range)
     shadows = _Shadows(exact, shadowed, quantized).write()
-    run_passes(shadowed, [RemoveDeadNodes()], str(model))
     shadowed.graph.sort()
-    session = _session(shadowed, threads, str(model))
+    _drop_unread(shadowed.graph)
+    weights = _by_reference(shadowed)  # ONNX Runtime does not own them: they must live as long as the session
+    session = _session(shadowed, weights, threads, str(model))
     sums, seen = _run(session, samples, count)
     ranking = [
         Layer(each.node, each.op, _sqnr_db(sums[each.signal], sum(sums[name] for name in each.noise)))
@@ -247,7 +249,7 @@ class _Shadows:
             axis = node.attributes.get_int("axis", 1) if scale.ndim else None
             zeros = along(zero[0], axis, quantized.ndim).astype(np.int32) if zero else np.int32(0)
             numbers = (quantized.astype(np.int32) - zeros).astype(np.float32) * along(scale, axis, quantized.ndim)
-            self._constants[node] = self._initializer(numbers, f"{node.name}/folded")
+            self._constants[node] = add_initializer(self._graph, numbers, f"{node.name}/folded")
         return self._constants[node]
 
     def _restored(self, dequantize: onnx_ir.Node, exact: onnx_ir.Value | None) -> onnx_ir.Value | None:
@@ -256,12 +258,6 @@ class _Shadows:
         assert source is not None
         quantize = source.producer()
         return exact if quantize is None else quantize.inputs[0]
-
-    def _initializer(self, array: Array, name: str) -> onnx_ir.Value:
-        tensor = onnx_ir.tensor(array, name=name)
-        value = onnx_ir.val(name, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
-        self._graph.register_initializer(value)
-        return value
 
 
 def _array(value: onnx_ir.Value) -> Array:
@@ -305,7 +301,7 @@ def _run(session: Any, samples: Path, count: int) -> tuple[dict[str, float], int
     return dict(zip(outputs, total.tolist(), strict=True)), seen
 
 
-def _session(shadowed: onnx_ir.Model, threads: int, where: str) -> Any:
+def _session(shadowed: onnx_ir.Model, weights: Mapping[str, Any], threads: int, where: str) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -319,17 +315,44 @@ def _session(shadowed: onnx_ir.Model, threads: int, where: str) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # In the order of the nodes a shadow is summed up right behind its layer, and freed; the default order sums up last.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    with tempfile.TemporaryDirectory(prefix="modelforge-sensitivity-") as temporary:
-        weights = sum(
-            each.const_value.nbytes for each in shadowed.graph.initializers.values() if each.const_value is not None
-        )
-        large = weights > INLINE_BYTES  # then it goes through a file: no protobuf has more than 2 GiB
-        source = str(save(shadowed, Path(temporary))[0]) if large else onnx_ir.to_proto(shadowed).SerializeToString()
-        try:
-            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # likewise
-            text = " ".join(str(error).split())
-            raise BuildError(f"ONNX Runtime refuses to measure sensitivity: {text[:300]}", where=where) from error
+    try:
+        for node in shadowed.graph:
+            for output in node.outputs:  # ONNX Runtime infers them anyway: what is not there is not written and read
+                output.type = output.shape = None
+        options.add_external_initializers(list(weights), list(weights.values()))
+        source = onnx_ir.to_proto(shadowed).SerializeToString()
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # likewise
+        text = " ".join(str(error).split())
+        raise BuildError(f"ONNX Runtime refuses to measure sensitivity: {text[:300]}", where=where) from error
+
+
+def _drop_unread(graph: onnx_ir.Graph) -> None:
+    """Remove nodes of a sorted graph whose outputs nothing reads, and constants of which no node is left."""
+    outputs = set(graph.outputs)
+    for node in reversed(graph):
+        if not any(value.uses() or value in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+
+
+def _by_reference(shadowed: onnx_ir.Model) -> dict[str, Any]:
+    """Take large weights out of the model, as what ONNX Runtime reads where they lie: they need not be copied into a
+    protobuf and out of it, nor fit the 2 GiB that one may have."""
+    import onnxruntime as ort
+
+    weights = {}
+    for value in shadowed.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > COPIED_BYTES:
+            weights[str(value.name)] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+            shape = onnx_ir.Shape(tensor.shape.numpy())
+            value.const_value = onnx_ir.ExternalTensor(
+                "in memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=str(value.name)
+            )
+    return weights
 
 
 def _sqnr_db(signal: float, noise: float) -> float:

@@ -30,6 +30,12 @@ CANDIDATES = 128
 NOTHING = 1e-30
 """A tensor that never leaves this is zero: a scale for it would be no normal float32."""
 
+_SHARES, _FINE_SHARES = np.geomspace(1.0, 1 / 256, GRID), np.geomspace(1.0, 1 / 256, GRID * 8)
+LEAST_Q = 1e-9
+"""The least share that the entropy search gives a bin: what is clipped may count where nothing was before."""
+NEAR, NEAR_EDGE = 1e-9, 1e-6
+"""Below which differences of divergences, and of places in bins, may be rounding."""
+
 Floats = NDArray[np.float64]
 
 
@@ -79,9 +85,9 @@ def clip_range(
         )
         if careful:
             errors = np.where(clipped > CLIPPED_AT_MOST * values.inexact, np.inf, errors)
-            errors[0] = min(errors[0], np.finfo(np.float64).max)  # the first clips nothing
+            errors.flat[0] = min(errors.flat[0], np.finfo(np.float64).max)  # the first clips nothing
         best = int(np.argmin(errors))
-        low, high = float(lows[best]), float(highs[best])
+        low, high = (float(np.broadcast_to(ends, errors.shape).flat[best]) for ends in (lows, highs))
     return _ends(low, high, symmetric, signed)
 
 
@@ -137,21 +143,21 @@ class _Weighted:
         self.weights: Floats = np.asarray(counts[inside], np.float64)
         self.zeros = tensor.zeros * scale
         self.inexact = max(float(self.weights.sum()) - self.zeros, 0.0)
-        powers = self.weights * self.points ** np.arange(3)[:, np.newaxis]
+        powers = self.weights * np.stack([np.ones_like(self.points), self.points, self.points * self.points])
         self._sums = np.concatenate([np.zeros((3, 1)), np.cumsum(powers, axis=1)], axis=1)
 
     def errors(self, lows: Floats, highs: Floats, levels: int, clipping_weight: float) -> tuple[Floats, Floats]:
-        """Summed squared error and clipped weight of each range ``[lows, highs]``."""
+        """Summed squared error and clipped weight of each range ``[lows, highs]``, whose shapes are broadcast."""
         below = np.searchsorted(self.points, lows, side="left")
         above = np.searchsorted(self.points, highs, side="right")
-        total = self._sums[:, -1:]
+        total = self._sums[:, -1].reshape(3, *(1 for _ in highs.shape))
         head, tail = self._sums[:, below], total - self._sums[:, above]
-        clipped = np.zeros_like(lows)
-        squared = np.zeros_like(lows)
-        for sums, end in ((head, lows), (tail, highs)):
-            clipped += sums[0]
-            # The sum of (x - end)^2; cancellation must not make it negative.
-            squared += np.maximum(sums[2] - 2 * end * sums[1] + end * end * sums[0], 0.0)
+        clipped: Floats = head[0] + tail[0]
+        # The sum of (x - end)^2 on each side; cancellation must not make it negative.
+        squared: Floats = sum(
+            np.maximum(sums[2] - 2 * end * sums[1] + end * end * sums[0], 0.0)
+            for sums, end in ((head, lows), (tail, highs))
+        )
         step = (highs - lows) / levels
         rounded = np.maximum(self.inexact - clipped, 0.0)
         return clipping_weight * squared + step * step / 12 * rounded, clipped
@@ -162,15 +168,14 @@ def _bin(bins: Histogram, value: float) -> int:
 
 
 def _grid(low: float, high: float, symmetric: bool, signed: bool) -> tuple[Floats, Floats]:
-    """Ranges to compare; the first is the whole. Ends lie closer together towards zero, where tails end."""
-    shares = np.geomspace(1.0, 1 / 256, GRID)
+    """Ranges to compare, as arrays to broadcast; the first is the whole. Ends lie closer together towards zero, where
+    tails end."""
     if symmetric:
-        bounds = max(-low, high) * np.geomspace(1.0, 1 / 256, GRID * 8)
+        bounds = max(-low, high) * _FINE_SHARES
         return (-bounds if signed else np.zeros_like(bounds)), bounds
-    lows = low * shares if low < 0 else np.zeros(1)
-    highs = high * shares if high > 0 else np.zeros(1)
-    grid_low, grid_high = np.meshgrid(lows, highs, indexing="ij")
-    return grid_low.ravel(), grid_high.ravel()
+    lows = low * _SHARES if low < 0 else np.zeros(1)
+    highs = high * _SHARES if high > 0 else np.zeros(1)
+    return lows[:, np.newaxis], highs[np.newaxis]
 
 
 def _percentile(values: _Weighted, share: float, symmetric: bool) -> tuple[float, float]:
@@ -198,9 +203,69 @@ def _entropy(values: _Weighted, levels: int, symmetric: bool, signed: bool) -> t
     low, high = _ends(min(values.points[0], 0.0), max(values.points[-1], 0.0), symmetric, signed)
     least = min(levels * values.width / (high - low), 0.5)
     shares = np.linspace(1.0, least, CANDIDATES)
-    divergences = [_divergence(values, low * share, high * share, levels) for share in shares]
-    best = shares[int(np.argmin(divergences))]
+    estimates = _divergences(values, low * shares, high * shares, levels)
+    least = np.min(estimates, initial=np.inf, where=~np.isnan(estimates))
+    # What is too near to the least to be told apart, or could not be estimated, is looked at bin by bin.
+    near = shares[~(estimates > least + NEAR)]
+    best = min(near, key=lambda share: _divergence(values, low * share, high * share, levels))
     return float(low * best), float(high * best)
+
+
+def _divergences(values: _Weighted, lows: Floats, highs: Floats, levels: int) -> Floats:
+    """What :func:`_divergence` says of each range, to :data:`NEAR`, or NaN where that is not certain.
+
+    Level by level rather than bin by bin: bins of a level that hold anything share one q, so that ``sum p log q`` has a
+    term for each level, and ``sum p log p`` is a difference of running sums but for the bins at both ends.
+    """
+    points, weights, count = values.points, values.weights, len(values.points)
+    first, last = np.searchsorted(points, lows), np.minimum(np.searchsorted(points, highs) + 1, count)
+    edges, certain = _first_bins(values, lows, (highs - lows) / levels, levels)
+    edges = np.clip(edges, first[:, np.newaxis], last[:, np.newaxis])
+    held = weights > 0
+    sums, places, entropies = (_running(each) for each in (weights, held, _times_log(weights)))
+    total, bins = np.diff(sums[edges]), np.diff(places[edges])
+    whole = sums[last] - sums[first]
+    scale = np.maximum(whole, NOTHING)
+    log_q = np.log(np.maximum(total / np.maximum(bins, 1) / scale[:, np.newaxis], LEAST_Q))
+    cross = (total * log_q).sum(axis=1)
+    own = entropies[last] - entropies[first]
+    rows = np.arange(len(lows))
+    for end, outside in ((first, sums[first]), (last - 1, sums[-1] - sums[last])):
+        # What is clipped counts at the end's bin, which is in one of the levels.
+        place = np.clip(end, 0, count - 1)
+        level = np.minimum((edges[:, 1:] <= place[:, np.newaxis]).sum(axis=1), levels)
+        cross += outside * np.where(held[place], log_q[rows, level], np.log(LEAST_Q))
+        own += _times_log(weights[place] + outside) - _times_log(weights[place])
+    found = (own - cross) / sums[-1] - np.log(sums[-1])
+    # One bin is both ends at once.
+    return np.where(certain & (last - first > 1) & (whole > 0), found, np.nan)
+
+
+def _first_bins(values: _Weighted, lows: Floats, steps: Floats, levels: int) -> tuple[NDArray[np.int64], Any]:
+    """The first bin of each level of each range, ``[ranges, levels + 2]`` with the end of the last one; and for which
+    ranges that is certain: not where a bin lies between two levels to within rounding."""
+    points, count = values.points, len(values.points)
+    if count < 4 or not np.allclose(np.diff(points[1:-1]), values.width, rtol=1e-6, atol=0):
+        return np.zeros((len(lows), levels + 2), np.int64), np.zeros(len(lows), np.bool_)
+    between = lows[:, np.newaxis] + steps[:, np.newaxis] * (np.arange(1, levels + 1) - 0.5)
+    # The points lie on a grid, but for the two at the ends, which are the minimum and the maximum.
+    place = (between - points[1]) / values.width + 1
+    certain = (np.abs(place - np.rint(place)) > NEAR_EDGE).all(axis=1)
+    inner = np.clip(np.ceil(place), 1, count - 1).astype(np.int64)
+    inner = np.where(between <= points[0], 0, np.where(between > points[-1], count, inner))
+    for end in (points[0], points[-1]):
+        certain &= (np.abs(between - end) > NEAR_EDGE * values.width).all(axis=1)
+    outer = np.zeros((len(lows), 1), np.int64)
+    return np.concatenate([outer, inner, outer + count], axis=1), certain
+
+
+def _running(values: NDArray[Any]) -> Floats:
+    return np.concatenate([np.zeros(1), np.cumsum(values, dtype=np.float64)])
+
+
+def _times_log(values: Floats) -> Floats:
+    found: Floats = values * np.log(np.where(values > 0, values, 1.0))
+    return found
 
 
 def _divergence(values: _Weighted, low: float, high: float, levels: int) -> float:
@@ -220,5 +285,5 @@ def _divergence(values: _Weighted, low: float, high: float, levels: int) -> floa
     true[0] += values.weights[:first].sum()
     true[-1] += values.weights[last:].sum()
     there = true > 0
-    p, q = true[there] / true.sum(), np.maximum(spread[there], 1e-9 * spread.sum()) / spread.sum()
+    p, q = true[there] / true.sum(), np.maximum(spread[there], LEAST_Q * spread.sum()) / spread.sum()
     return float((p * np.log(p / q)).sum())

@@ -16,6 +16,7 @@ from modelforge.report.documents import (
     Candidate,
     ChainDocument,
     OutputSource,
+    PartitionCost,
     PlacementFacts,
     ServingFacts,
     StageDocument,
@@ -35,6 +36,7 @@ class Split:
         sizes: of the open dimensions, at which bytes and times hold.
         transport: by tensor that crosses otherwise than as it is.
         candidates: other places to cut; ``tiers`` the ways over tiers and links: one of them, or neither.
+        costs: of a partition, what each stage on the NPU costs to hand over to.
     """
 
     stages: tuple[StageDocument, ...]
@@ -45,17 +47,23 @@ class Split:
     candidates: tuple[Candidate, ...]
     tiers: TierChoices | None
     notes: tuple[str, ...]
+    costs: tuple[PartitionCost, ...] = ()
 
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """The parts of `about` that a report draws, checked; ``left_out`` says what had another shape, and where."""
+    """The parts of `about` that a report draws, checked; ``left_out`` says what had another shape, and where.
+
+    Attributes:
+        partitions: by target, how its NPU and the CPU beside it share the model.
+    """
 
     serving: ServingFacts
     targets: Mapping[str, TargetFacts]
     split: Split | None
     placement: PlacementFacts | None
     left_out: tuple[str, ...]
+    partitions: Mapping[str, Split] = field(default_factory=dict)
 
     @property
     def budget_ms(self) -> float | None:
@@ -66,25 +74,38 @@ def read_about(about: Mapping[str, Any]) -> BundleFacts:
     reader = _Reader(about)
     serving = reader.take(_SERVING, "serving") or ServingFacts()
     targets = reader.take(_TARGETS, "targets") or {}
-    split, placement = _split(reader), reader.take(_PLACEMENT, "placement")
-    return BundleFacts(serving, targets, split, placement, tuple(reader.left_out))
+    split, placement = _split(reader, "split"), reader.take(_PLACEMENT, "placement")
+    parts = {tag: found for tag in _tags(reader) if (found := _split(reader, "partitions", tag)) is not None}
+    return BundleFacts(serving, targets, split, placement, tuple(reader.left_out), parts)
 
 
-def _split(reader: _Reader) -> Split | None:
-    if reader.about.get("split") is None:
+def _tags(reader: _Reader) -> list[str]:
+    found = reader.about.get("partitions")
+    if found is None or isinstance(found, dict):
+        return sorted(found or {})
+    reader.left_out.append("partitions: is no object")
+    return []
+
+
+def _split(reader: _Reader, *keys: str) -> Split | None:
+    found: Any = reader.about
+    for key in keys:
+        found = found.get(key)
+    if found is None:
         return None
-    if not isinstance(reader.about["split"], dict):
-        reader.left_out.append("split: is no object")
+    if not isinstance(found, dict):
+        reader.left_out.append(f"{'.'.join(keys)}: is no object")
         return None
     return Split(
-        stages=reader.take(_STAGES, "split", "stages") or (),
-        outputs=reader.take(_OUTPUTS, "split", "outputs") or (),
-        sizes=reader.take(_SIZES, "split", "sizes") or {},
-        transport=reader.take(_WAYS, "split", "transport") or {},
-        chains=reader.take(_CHAINS, "split", "chains") or (),
-        candidates=reader.take(_CANDIDATES, "split", "candidates") or (),
-        tiers=reader.take(_TIERS, "split", "tiers"),
-        notes=reader.take(_NOTES, "split", "notes") or (),
+        stages=reader.take(_STAGES, *keys, "stages") or (),
+        outputs=reader.take(_OUTPUTS, *keys, "outputs") or (),
+        sizes=reader.take(_SIZES, *keys, "sizes") or {},
+        transport=reader.take(_WAYS, *keys, "transport") or {},
+        chains=reader.take(_CHAINS, *keys, "chains") or (),
+        candidates=reader.take(_CANDIDATES, *keys, "candidates") or (),
+        tiers=reader.take(_TIERS, *keys, "tiers"),
+        notes=reader.take(_NOTES, *keys, "notes") or (),
+        costs=reader.take(_COSTS, *keys, "costs") or (),
     )
 
 
@@ -99,6 +120,7 @@ _CHAINS = TypeAdapter(tuple[ChainDocument, ...])
 _CANDIDATES = TypeAdapter(tuple[Candidate, ...])
 _TIERS = TypeAdapter(TierChoices)
 _NOTES = TypeAdapter(tuple[str, ...])
+_COSTS = TypeAdapter(tuple[PartitionCost, ...])
 
 
 def checked(adapter: TypeAdapter[Part], value: Any, where: str) -> tuple[Part | None, str | None]:

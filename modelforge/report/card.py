@@ -8,8 +8,9 @@ from typing import Any
 
 from modelforge.bundle.record import Accuracy
 from modelforge.report.collect import VariantReport
+from modelforge.report.delegation import delegation
 from modelforge.report.documents import OutputFigures
-from modelforge.report.latency import latency
+from modelforge.report.latency import latency, layer_times
 from modelforge.report.layers import kept_higher, layer_bars, sensitivity
 from modelforge.report.markup import (
     Cell,
@@ -60,6 +61,8 @@ def card(variant: VariantReport, anchor: str, limits: Limits) -> Html:
         _figures(variant),
         _ladder(variant),
         latency(variant, limits),
+        layer_times(variant, limits),
+        delegation(variant, limits),
         kept_higher(variant, limits),
         sensitivity(variant, limits),
         layer_bars(variant, limits),

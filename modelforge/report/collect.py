@@ -24,6 +24,7 @@ from modelforge.report.documents import (
     BuildDocument,
     CalibrationDocument,
     Layer,
+    LayersDocument,
     OutputFigures,
     RungFigures,
     SensitivityDocument,
@@ -42,7 +43,7 @@ Document = TypeVar("Document", bound=BaseModel)
 
 @dataclass(frozen=True)
 class VariantReport:
-    """One variant: its record, its files, and those of the four report files that it carries.
+    """One variant: its record, its files, and those of the five report files that it carries.
 
     Attributes:
         digest: of the variant's manifest.
@@ -59,6 +60,7 @@ class VariantReport:
     sensitivity: SensitivityDocument | None
     build: BuildDocument | None
     timing: Timing
+    layer_times: LayersDocument | None = None
 
     @property
     def title(self) -> str:
@@ -198,6 +200,7 @@ def _collect(bundle: Bundle, variant: Variant, budget_ms: float | None) -> Varia
         sensitivity=_read(bundle, variant, "sensitivity.json", SensitivityDocument),
         build=_read(bundle, variant, "report.json", BuildDocument),
         timing=timing_of(variant.record, budget_ms),
+        layer_times=_read(bundle, variant, "layers.json", LayersDocument),
     )
 
 
@@ -250,6 +253,7 @@ def _documents(variant: VariantReport) -> dict[str, Any]:
         "calibration": variant.calibration,
         "sensitivity": variant.sensitivity,
         "build": variant.build,
+        "layers": variant.layer_times,
     }
     return {
         name: document.model_dump(mode="json", by_alias=True, exclude_unset=True)

@@ -79,6 +79,21 @@ class AccuracyDocument(_Part):
     layers: tuple[Layer, ...] = ()
 
 
+class LayerTime(_Part):
+    """What one layer of the artifact took on the device, by the vendor's own name: layers of the model may be fused."""
+
+    name: str
+    ms: Milliseconds
+
+
+class LayersDocument(_Part):
+    """`layers.json`: the time of each layer in one run, in the order of execution."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    batch: NonNegativeInt | None = None
+    layers: tuple[LayerTime, ...] = ()
+
+
 class Bins(_Part):
     """A histogram: counts of equal bins over ``[low, high]``."""
 
@@ -310,6 +325,24 @@ class Candidate(_Part):
     tensors: Annotated[tuple[str, ...], Field(min_length=1)]
     flops_before: Fraction
     bytes: TransportBytes
+
+
+class CrossingSeconds(_Part):
+    """Estimates; None where a profile knows no rate. ``saved`` may be below zero."""
+
+    crossing: Annotated[float, Field(ge=0, le=1e12)]
+    npu: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    cpu: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    saved: Annotated[float, Field(ge=-1e12, le=1e12)] | None = None
+
+
+class PartitionCost(_Part):
+    """One of `partitions.TAG.costs`: what a stage on the NPU costs to hand over to, and saves."""
+
+    stage: str
+    tensors: Count
+    bytes: Count
+    seconds: CrossingSeconds
 
 
 class TierLink(_Part):

@@ -21,6 +21,7 @@ from modelforge.report.markup import (
     milliseconds,
     number,
     percent,
+    plural,
     scaled,
     table,
 )
@@ -42,6 +43,30 @@ def latency(variant: VariantReport, limits: Limits) -> Html | None:
         else None,
         _recommended(variant),
         folded("Measured and estimated, by batch size", _rows(variant, limits), open_=drawing is None),
+    )
+
+
+def layer_times(variant: VariantReport, limits: Limits) -> Html | None:
+    """The time of each layer on the device, in the order of execution."""
+    found = variant.layer_times
+    if found is None or not found.layers:
+        return None
+    whole = sum(layer.ms for layer in found.layers)
+    shown = found.layers[: limits.layers]
+    rows: list[Row] = [
+        [
+            Cell(str(place), place),
+            element("code", layer.name),
+            figure_cell(layer.ms, milliseconds(layer.ms)),
+            figure_cell(layer.ms / whole if whole else None, percent(layer.ms / whole) if whole else number(None)),
+        ]
+        for place, layer in enumerate(shown, start=1)
+    ]
+    batch = "" if found.batch is None else f", batch {found.batch}"
+    return folded(
+        f"Time of {plural(len(found.layers), 'layer')} on the device{batch}",
+        table(f"Time of the layers of {variant.title}", ["#", "layer", "time", "share"], rows),
+        left_out(len(found.layers) - len(shown), "layer"),
     )
 
 

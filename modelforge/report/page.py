@@ -17,6 +17,7 @@ from modelforge.errors import BuildError, InputError
 from modelforge.report.calibration import range_table, range_tables
 from modelforge.report.card import card
 from modelforge.report.collect import Report
+from modelforge.report.delegation import partitions
 from modelforge.report.markup import (
     Child,
     Html,
@@ -133,6 +134,8 @@ def _sections(report: Report, limits: Limits) -> list[Html]:
     ]
     if split := stages(report, anchors, limits):
         parts.append(_section("stages", "Stages", split))
+    if shared := partitions(report, anchors, limits):
+        parts.append(_section("partitions", "NPU and CPU", shared))
     if placed := placement(report, anchors):
         parts.append(_section("placement", "Placement and batches", placed))
     parts.append(_section("targets", "Targets", element("div", cards, class_="cards")))
@@ -151,6 +154,7 @@ def _section(anchor: str, title: str, *children: Child) -> Html:
 def _header(report: Report) -> Html:
     links = [("summary", "Summary"), ("deltas", "Deltas")]
     links += [("stages", "Stages")] if report.facts.split is not None else []
+    links += [("partitions", "NPU and CPU")] if report.facts.partitions else []
     links += [("placement", "Placement")] if placement(report, [""] * len(report.variants)) else []
     links += [("targets", "Targets")]
     links += [("calibration", "Calibration")] if range_tables(report) else []

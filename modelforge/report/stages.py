@@ -46,15 +46,17 @@ _NAMED = 8
 
 
 def stages(report: Report, anchors: Sequence[str], limits: Limits) -> list[Child]:
-    split = report.facts.split
-    if split is None:
-        return []
-    links = dict(zip([_key(variant) for variant in report.variants], anchors, strict=True))
+    return [] if report.facts.split is None else split_parts(report.facts.split, report.variants, anchors, limits)
+
+
+def split_parts(split: Split, variants: Sequence[VariantReport], anchors: Sequence[str], limits: Limits) -> list[Child]:
+    """The stages of one split, or of one partition between NPU and CPU."""
+    links = dict(zip([_key(variant) for variant in variants], anchors, strict=True))
     return [
         _chain(split, links, limits),
         _notes(split, limits),
         _crossing(split, limits),
-        _chains(split, report.variants, limits),
+        _chains(split, variants, limits),
         tier_choices(split.tiers, limits) if split.tiers is not None else None,
         _candidates(split, limits),
     ]

@@ -104,6 +104,16 @@ class ChannelGroup:
         return output[(slice(None),) * self.axis + (slice(self.start, self.stop),)]
 
 
+SILENT_SCORE = 0.05
+"""Scores from 0 to 1 that never get above this say that nothing is there."""
+
+
+def is_silent(group: ChannelGroup, reference: Array) -> bool:
+    """Whether a channel group of an output ``[samples, ...]`` can be scores that find nothing in any of the samples."""
+    values = group.of(reference)
+    return bool(values.size) and float(values.min()) >= 0 and float(values.max()) < SILENT_SCORE
+
+
 SILENT = 0.05
 """A channel that varies by less than this share of the liveliest one of its group has nothing to lose."""
 

@@ -92,6 +92,8 @@ def test_later_keys_are_dropped_where_closed_and_kept_where_open() -> None:
         ({"accuracy": {"agreement": 1.5}}, "accuracy.agreement"),
         ({"ladder": [{"precision": "int8"}]}, "ladder.0.gate"),
         ({"target": "T4/../x"}, "target"),
+        ({"delegation": {"operators": {"npu": -1}, "source": "x"}}, "delegation.operators.npu"),
+        ({"delegation": {"operators": {"npu": 1}}}, "delegation.source"),
         ({"commands": ["ls"]}, "commands"),
     ],
 )
@@ -99,6 +101,38 @@ def test_what_is_wrong_is_refused_and_named(changes: dict[str, Any], said: str) 
     with pytest.raises(IntegrityError, match="record") as caught:
         read(contract(**changes))
     assert said in str(caught.value)
+
+
+DELEGATION = {
+    "operators": {"npu": 173, "cpu": 4},
+    "macs": {"npu": 1_012_627_200, "cpu": 0},
+    "off_npu": ["Reshape r1"],
+    "source": "the toolkit's table of layers",
+}
+
+
+def test_delegation_is_there_where_a_compiler_tells_of_it() -> None:
+    found = read(contract(delegation=DELEGATION))
+    assert found.to_json()["delegation"] == DELEGATION
+    assert found.delegation is not None
+    assert found.delegation.npu_share == 1.0
+    assert "delegation" not in read(contract()).to_json()
+
+
+@pytest.mark.parametrize(
+    ("operators", "macs", "share"),
+    [
+        ({"npu": 3, "cpu": 1}, None, 0.75),
+        ({"npu": 3, "cpu": 1}, {"npu": 0, "cpu": 0}, 0.75),
+        ({"npu": 3, "cpu": 1}, {"npu": 10, "cpu": 90}, 0.1),
+        ({"cpu": 2}, {"cpu": 5}, 0.0),
+        (None, None, None),
+    ],
+)
+def test_the_share_of_the_npu(operators: Any, macs: Any, share: float | None) -> None:
+    found = read(contract(delegation={"operators": operators, "macs": macs, "source": "x"})).delegation
+    assert found is not None
+    assert found.npu_share == share
 
 
 def test_infinite_sqnr_is_identical_outputs() -> None:

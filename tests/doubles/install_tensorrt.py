@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,11 @@ def install(folder: Path, *, version: str = "10.13.3.9", sm: int = 75, memory: i
         timeout=120,
     )  # fmt: skip
     return doubles
+
+
+def make_python(folder: Path, *paths: Path | str) -> Path:
+    """An interpreter of its own that has the packages in ``paths``, and none of this one's."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    (site / "them.pth").write_text("\n".join(map(str, paths)) + "\n")
+    return folder / "bin" / "python"

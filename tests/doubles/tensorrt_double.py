@@ -209,12 +209,23 @@ class IOptimizationProfile(_Recorded):
         self._shapes[input] = [list(min), list(opt), list(max)]
 
 
+_TIMED = f"timing {__version__}"
+"""What the double's timing caches begin with, as the real ones' header; then words, each a thing that was measured."""
+
+
 class ITimingCache(_Recorded):
     def __init__(self, data=b""):
-        self._data = data
+        self._words = set(data.decode().removeprefix(_TIMED).split())
+        self._fits = not data or data.startswith(_TIMED.encode())
 
     def serialize(self):
-        return self._data
+        return " ".join([_TIMED, *sorted(self._words)]).encode()
+
+    def combine(self, input_cache, ignore_mismatch):
+        if not input_cache._fits:
+            return False
+        self._words |= input_cache._words
+        return True
 
 
 class IBuilderConfig(_Recorded):
@@ -241,10 +252,8 @@ class IBuilderConfig(_Recorded):
         return ITimingCache(bytes(serialized_timing_cache))
 
     def set_timing_cache(self, cache, ignore_mismatch):
-        if cache._data and not cache._data.startswith(f"timing {__version__}".encode()):
-            return False
         self._cache = cache
-        return True
+        return cache._fits
 
     def get_timing_cache(self):
         return self._cache
@@ -276,7 +285,7 @@ class Builder(_Recorded):
             return None
         self._logger.log(_Severity.WARNING, "this is a double: nothing was optimised")
         if config._cache is not None:
-            config._cache = ITimingCache(f"timing {__version__}".encode() + config._cache._data[:0] + b" measured")
+            config._cache._words.add(_BEHAVIOUR.get("measured", "convolution"))
         facts = {"profiles": config._profiles, "flags": sorted(config._flags)}
         model = b"" if "STRIP_PLAN" in config._flags else network._model.SerializeToString()
         return _pack(facts, model)

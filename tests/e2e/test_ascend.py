@@ -138,6 +138,27 @@ def test_preprocessing_becomes_aipp(forge: Forge, digits: Path, tmp_path: Path) 
     assert "--insert_op_conf=aipp.cfg" in done.json["variants"][0]["commands"][0]
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ('source = "gray8"\ncolour = "rgb"', "colour = rgb makes 3 channels, and the input has 1"),
+        ('source = "gray8"\ncolour = "gray"\nmean = [300.0]', "mean 300 is not between 0 and 255"),
+        ('source = "gray8"\ncolour = "gray"\nsize = [100, 100]', "AIPP does not resize"),
+    ],
+)
+def test_what_aipp_cannot_do_is_told_by_the_plan(forge: Forge, digits: Path, section: str, words: str) -> None:
+    """Without ATC: nothing was compiled to find out."""
+    recipe = digits / "recipe.toml"
+    edit_targets(digits, {"ascend-310p3": ["fp16"]})
+    text = f"[inputs.x.preprocess]\n{section}\n\n"
+    recipe.write_text(recipe.read_text().replace("\n[dims]\n", f"\n{text}[dims]\n", 1))
+    refused = forge("plan", digits)
+    assert refused.code == 2, refused.err
+    assert words in refused.err
+    assert "inputs.x.preprocess" in refused.err
+    assert "how to mend" in refused.err
+
+
 def recipe_for(
     folder: Path,
     model: str | Path,

@@ -132,6 +132,42 @@ def test_the_npu_gets_all_but_the_mixed_head(
     assert npu["flops"] > 100 * max(cpu["flops"], 1)
 
 
+def test_what_runs_where_is_told_before_and_after(built: tuple[Forge, dict[str, Any]], recipe: Path) -> None:
+    forge, document = built
+    npu, cpu = document["variants"]
+    assert "delegation" not in npu, "ONNX Runtime's INT8 tells of no NPU"
+    assert cpu["delegation"]["operators"] == {"npu": 0, "cpu": 1}
+    assert cpu["delegation"]["off_npu"] == ["Concat out"]
+
+    planned = forge("plan", recipe, "--json")
+    macs = 16 * 16 * 16 * (3 * 9 + 16 * 9 + 4 + 8)
+    before = [variant["delegation"] for variant in planned.json["variants"]]
+    assert [each["operators"] for each in before] == [{"npu": 10, "cpu": 0}, {"npu": 0, "cpu": 1}]
+    assert [each["macs"] for each in before] == [{"npu": macs, "cpu": 0}, {"npu": 0, "cpu": 0}]
+    (cost,) = planned.json["partitions"]["npu-double"]["costs"]
+    assert cost["bytes"] == 4 * (3 * 256 + 12 * 256), "the picture, boxes and scores"
+    assert cost["seconds"]["crossing"] > 0
+    assert cost["seconds"]["saved"] is None, "the profile knows no INT8 rate"
+
+    told = forge("plan", recipe).out
+    assert "NPU and CPU" in told
+    assert "crossing, estimated" in told
+    reported = forge("report", "dist/detector-1.0.0")
+    assert reported.code == 0, reported.err
+    assert "NPU and CPU" in reported.out
+
+
+def test_what_costs_more_to_hand_over_than_it_saves_stays_on_the_cpu(recipe: Path, tmp_path: Path) -> None:
+    """The detector is small: with a rate in the profile, the hand-over alone takes longer than the CPU does."""
+    import shutil
+
+    shutil.copytree(recipe, tmp_path / "detector")
+    profile = tmp_path / "detector" / "targets" / "npu-double.toml"
+    profile.write_text(profile.read_text() + "int8 = 100e9\n")
+    done = Forge(tmp_path / "home", tmp_path)("plan", "detector")
+    assert (done.code, "costs more to hand over than it saves" in done.err) == (2, True), done.err
+
+
 def test_the_chain_agrees_with_fp32_where_the_whole_would_not(
     built: tuple[Forge, dict[str, Any]],
 ) -> None:

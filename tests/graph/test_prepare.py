@@ -166,3 +166,26 @@ def test_weights_beyond_a_protobuf_stay_outside(tmp_path: Path, monkeypatch: pyt
     assert "too large" in report.simplify
     assert "too large" in report.opset_raised
     assert report.max_abs_diff < 1e-5
+
+
+def test_a_model_that_takes_only_some_numbers_is_prepared_at_those(tmp_path: Path) -> None:
+    """Silero at 576 samples runs at 16 kHz only, and ONNX Runtime refuses its 8 kHz branch with that length fixed."""
+    model = packaged("silero")
+    report = prepare(model, tmp_path, {"input": (1, 576), "state": (2, 1, 128)})
+    assert report.input_shapes.startswith("discarded: does not run")
+    assert {"sr": 16000} in report.values  # at 576 samples
+    assert {} in report.values  # the other branch, at a length of its own
+    assert report.nodes_after < report.nodes_before
+    rng = np.random.default_rng(0)
+    state = rng.normal(size=(2, 1, 128)).astype(np.float32)
+    for rate, length in ((16000, 576), (8000, 288)):
+        sound = rng.normal(size=(1, length)).astype(np.float32) / 10
+        feed = {"input": sound, "state": state, "sr": np.array(rate, np.int64)}
+        for exact, got in zip(run(model, **feed), run(tmp_path / "model.onnx", **feed), strict=True):
+            np.testing.assert_allclose(got, exact, atol=1e-5)
+
+
+def test_fixed_sizes_are_kept_where_they_run(tmp_path: Path) -> None:
+    report = prepare(packaged("cls"), tmp_path, {"x": (1, 3, 48, 192)})
+    assert report.input_shapes == "kept"
+    assert inspect_model(tmp_path / "model.onnx").inputs[0].shape == (1, 3, 48, 192)

@@ -459,3 +459,20 @@ def _info(name: str) -> onnx.ValueInfoProto:
 
 def _value(name: str) -> tuple[str, int, None]:
     return (name, FLOAT, None)
+
+
+@pytest.mark.parametrize("batch", [3, 6])
+def test_how_many_run_together_does_not_change_the_table(cls: Path, tmp_path: Path, batch: int) -> None:
+    """Of each sample the same elements are counted; this model gives the same numbers in any batch."""
+    path = write(tmp_path / "x.npz", x=images(7, 3, 48, 192))
+    assert calibrate(cls, path, batch=batch).to_json() == calibrate(cls, path, batch=1).to_json()
+
+
+def test_a_tensor_whose_first_axis_is_another_is_sampled_all_the_same(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]), helper.make_node("Relu", ["t"], ["y"])]
+    model = tmp_path / "model.onnx"
+    write_model(model, make_graph(nodes, [("x", FLOAT, ["n", 40, 60])], [("y", FLOAT, [40, "n", 60])]))
+    x = images(4, 40, 60)
+    table = calibrate(model, write(tmp_path / "x.npz", x=x), batch=4, tensors=["x", "t", "y"])
+    check_against(table, {"x": [x], "t": [x], "y": [np.maximum(x, 0)]})
+    assert table["y"].bins.total >= 256

@@ -11,10 +11,19 @@ from numpy.typing import NDArray
 from modelforge.errors import DataError
 from modelforge.quantize.ranges import Histogram, TensorRange
 from modelforge.quantize.thresholds import (
+    CANDIDATES,
     CLIPPED_AT_MOST,
     CLIPPING_WEIGHT,
     METHODS,
+    NEAR,
     Method,
+    _divergence,
+    _divergences,
+    _ends,
+    _entropy,
+    _grid,
+    _levels,
+    _Weighted,
     clip_range,
     expected_error,
 )
@@ -187,3 +196,46 @@ def test_degenerate_tensors_have_a_usable_range(values: list[float], scheme: tup
 def test_a_single_value_is_kept(method: Method) -> None:
     low, high = clip_range(measured(np.full(100, 5, np.float32)), method, symmetric=False, signed=False)
     assert (low, high) == (0.0, 5.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DISTRIBUTIONS, st.integers(0, 1000), st.sampled_from(SCHEMES))
+def test_entropy_is_what_comparing_bin_by_bin_gives(kind: str, seed: int, scheme: tuple[bool, bool]) -> None:
+    """Sums over levels find the few candidates; the result is that of looking at every bin for every candidate."""
+    symmetric, signed = scheme
+    values = _Weighted(measured(draw(kind, seed)))
+    levels = _levels(symmetric, signed, 8)
+    low, high = _ends(min(values.points[0], 0.0), max(values.points[-1], 0.0), symmetric, signed)
+    shares = np.linspace(1.0, min(levels * values.width / (high - low), 0.5), CANDIDATES)
+    divergences = [_divergence(values, low * share, high * share, levels) for share in shares]
+    best = shares[int(np.argmin(divergences))]
+    assert _entropy(values, levels, symmetric, signed) == (float(low * best), float(high * best))
+
+
+@pytest.mark.parametrize("kind", ["normal", "tailed", "relu", "offset"])
+def test_estimates_of_the_divergence_are_near_it_and_few_are_left_open(kind: str) -> None:
+    values = _Weighted(measured(draw(kind, 3)))
+    high = float(values.points[-1])
+    low = min(float(values.points[0]), 0.0)
+    shares = np.linspace(1.0, 0.5, CANDIDATES)
+    found = _divergences(values, low * shares, high * shares, 255)
+    exact = np.array([_divergence(values, low * share, high * share, 255) for share in shares])
+    known = ~np.isnan(found)
+    assert known.mean() > 0.9
+    np.testing.assert_allclose(found[known], exact[known], atol=NEAR)
+
+
+@pytest.mark.parametrize("method", ["auto", "mse"])
+@pytest.mark.parametrize("kind", ["tailed", "outlier", "negative"])
+def test_two_sided_ranges_are_those_of_every_pair_of_ends(method: Method, kind: str) -> None:
+    tensor = measured(draw(kind, 5))
+    values = _Weighted(tensor)
+    careful = method == "auto"
+    lows, highs = _grid(min(tensor.minimum, 0.0), max(tensor.maximum, 0.0), False, False)
+    best, chosen = np.inf, (0.0, 0.0)
+    for low in lows.ravel():
+        for high in highs.ravel():
+            errors, clipped = values.errors(np.array([low]), np.array([high]), 255, CLIPPING_WEIGHT if careful else 1.0)
+            if not (careful and clipped[0] > CLIPPED_AT_MOST * values.inexact) and errors[0] < best:
+                best, chosen = errors[0], (float(low), float(high))
+    assert clip_range(tensor, method, symmetric=False, signed=False) == (min(chosen[0], 0.0), max(chosen[1], 0.0))

@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from modelforge.forge.worker import judge
+from modelforge.forge.worker import compare_golden, judge
+from modelforge.verify.metrics import ChannelGroup, is_silent
 
 RULES = {"metric": "cosine", "max_drop": 0.01, "min_reference": None, "min_agreement": None, "min_sqnr_db": None}
 
@@ -82,3 +83,46 @@ def test_one_scale_over_the_concat_of_yolov8_fails_the_gate(tmp_path: Path) -> N
     assert boxes["sqnr_db"] > 30
     assert scores["collapsed"] == 1.0
     assert judge({**request, "models": []})["gate"] == "passed"  # what it was without groups
+
+
+def _detector(path: Path) -> Path:
+    """``[n, 4, 10]`` boxes and ``[n, 3, 10]`` scores in one output."""
+    nodes = [
+        helper.make_node("Mul", ["b", "size"], ["boxes"]),
+        helper.make_node("Sigmoid", ["s"], ["scores"]),
+        helper.make_node("Concat", ["boxes", "scores"], ["y"], axis=1),
+    ]
+    shapes = {"b": ["n", 4, 10], "s": ["n", 3, 10]}
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 7, 10])],
+        [numpy_helper.from_array(np.float32(300), "size")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(("loudest", "outcome"), [(0.9, "failed"), (0.01, "passed")])
+def test_dead_scores_fail_the_golden_samples_unless_nothing_was_there(
+    tmp_path: Path, loudest: float, outcome: str
+) -> None:
+    """A few golden samples may show nothing; where they show something, good boxes do not hide that it is gone."""
+    rng = np.random.default_rng(0)
+    boxes = rng.uniform(0, 300, (4, 4, 10))
+    reference = np.concatenate([boxes, rng.uniform(0, loudest, (4, 3, 10))], axis=1).astype(np.float32)
+    value = np.concatenate([boxes + rng.normal(size=boxes.shape), np.zeros((4, 3, 10))], axis=1).astype(np.float32)
+    for name, array in (("reference", reference), ("value", value)):
+        np.savez(tmp_path / f"{name}.npz", y=array)
+    request = {name: str(tmp_path / f"{name}.npz") for name in ("reference", "value")} | {"precision": "int8"}
+    found = compare_golden({**request, "models": [str(_detector(tmp_path / "model.onnx"))]})
+    assert found["gate"] == outcome
+    assert any("channels 4:7" in reason for reason in found["reasons"]) == (outcome == "failed")
+    assert compare_golden({**request, "models": []})["gate"] == "passed"  # what it was without groups
+
+
+def test_what_can_be_negative_is_never_silent() -> None:
+    group = ChannelGroup("y", "boxes", 1, 0, 2, False)
+    assert not is_silent(group, np.full((3, 2, 4), -0.01, np.float32))
+    assert is_silent(group, np.full((3, 2, 4), 0.01, np.float32))

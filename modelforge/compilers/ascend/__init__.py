@@ -28,7 +28,7 @@ from modelforge.compilers.ascend.limits import (
     spell,
 )
 from modelforge.compilers.ascend.shapes import Build, plan_builds
-from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
+from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain, Wanted
 from modelforge.errors import UnsupportedError
 from modelforge.graph.facts import ModelFacts
 from modelforge.options import NO_OPTIONS, Options
@@ -105,6 +105,29 @@ class AscendCompiler:
         except UnsupportedError as error:
             refusals.append(Refusal("gears", error.what, error.fix or "", f"{_GE}/CLI_options/--dynamic_dims.md"))
         return refusals
+
+    def supports_recipe(self, wanted: Wanted) -> list[Refusal]:
+        """Say what AIPP cannot do of `[inputs.NAME.preprocess]`, for any of the .om that would be made."""
+        arch = wanted.target.arch
+        if not isinstance(arch, AscendArchitecture) or not wanted.preprocess:
+            return []
+        inputs = [(each.name, each.dtype) for each in wanted.facts.inputs if each.name in wanted.inputs]
+        is_int8 = wanted.precision in ("int8", "mixed")
+        try:
+            builds = plan_builds(
+                [name for name, _ in inputs],
+                wanted.inputs,
+                wanted.dims,
+                split=is_int8,
+                most=chip_of(arch.soc_version).most_gears,
+            )
+            for build in builds:
+                recipe.aipp_configuration(inputs, build, wanted.preprocess)
+        except UnsupportedError as error:
+            what = error.what if error.where is None else f"{error.where}: {error.what}"
+            fix = error.fix or "change [inputs.NAME.preprocess], or leave it out and preprocess on the host"
+            return [Refusal("aipp", what, fix, f"{_GE}/AIPP")]
+        return []
 
     def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
         del model, target, options  # its facts say all that is known

@@ -23,7 +23,7 @@ from modelforge.compilers.ascend.options import AtcOptions, render, typed
 from modelforge.compilers.ascend.shapes import Build, plan_builds
 from modelforge.compilers.protocol import CompileJob
 from modelforge.errors import InputError, UnsupportedError
-from modelforge.options import AtcSection
+from modelforge.options import AtcSection, PreprocessSection
 from modelforge.target import AscendArchitecture
 
 MODEL = "model.onnx"
@@ -116,7 +116,9 @@ def make_request(job: CompileJob, facts: LoweredFacts, cann: str, help_text: str
             **precision,
             **_hosts(section),
         }
-        if config := _aipp(job, facts, build):
+        if config := aipp_configuration(
+            [(each["name"], each["dtype"]) for each in facts.inputs], build, job.preprocess
+        ):
             files[AIPP] = config
             options["insert_op_conf"] = AIPP
         runs.append((build, _checked({**given, **options}, cann, help_text)))
@@ -219,13 +221,22 @@ def _precision(
     return options, files, notes
 
 
-def _aipp(job: CompileJob, facts: LoweredFacts, build: Build) -> str:
-    fed = []
-    for rank, each in enumerate(facts.inputs):
-        name = each["name"]
-        if name in job.preprocess:
-            image = aipp.ImageInput(name, rank, each["dtype"], build.shapes[name])
-            fed.append((image, job.preprocess[name]))
+def aipp_configuration(
+    inputs: Sequence[tuple[str, str]], build: Build, preprocess: Mapping[str, PreprocessSection]
+) -> str:
+    """AIPP's configuration file for one .om; empty where nothing is preprocessed.
+
+    Args:
+        inputs: name and dtype of the model's inputs, in its order.
+
+    Raises:
+        UnsupportedError: AIPP cannot do what the recipe asks for.
+    """
+    fed = [
+        (aipp.ImageInput(name, rank, dtype, build.shapes[name]), preprocess[name])
+        for rank, (name, dtype) in enumerate(inputs)
+        if name in preprocess
+    ]
     if fed and "dynamic_dims" in build.options:
         raise UnsupportedError(
             "AIPP cannot be had with these gears (dynamic_dims): only the batch, or height with width, may vary",

@@ -39,7 +39,7 @@ class RockchipCompiler:
     name: str = NAME
     title: str = "RKNN-Toolkit2"
     section = "rockchip"
-    code_version: str = "1"
+    code_version: str = "2"
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
         del target  # what it builds for one, it builds for all
@@ -98,6 +98,9 @@ class RockchipCompiler:
         return running.simulate(job, require(toolchain()))
 
 
+_QUANTIZES = {"modelforge": "do_quantization=False", building.NATIVE: "do_quantization=True dataset=dataset.txt"}
+
+
 def _commands(manifest: Manifest) -> list[tuple[str, ...]]:
     """What the worker did, as calls of the toolkit's Python interface."""
     config = [f"{name}={value}" for name, value in sorted(manifest.config.items())]
@@ -108,7 +111,7 @@ def _commands(manifest: Manifest) -> list[tuple[str, ...]]:
             (
                 f"RKNN.config target_platform={manifest.platform} {' '.join(config)}".strip(),
                 f"RKNN.load_onnx model.onnx inputs={[port.name for port in manifest.inputs]} input_size_list={sizes}",
-                "RKNN.build do_quantization=False",
+                f"RKNN.build {_QUANTIZES[manifest.quantizer]}",
                 f"RKNN.export_rknn {gear.file}",
             )
         )
@@ -118,6 +121,8 @@ def _commands(manifest: Manifest) -> list[tuple[str, ...]]:
 def _notes(built: building.Built) -> list[str]:
     manifest = built.manifest
     notes = []
+    if manifest.quantizer == building.NATIVE:
+        notes.append("INT8 is the toolkit's own quantization of the FP32 model, from the calibration samples")
     if len(manifest.gears) > 1:
         sizes = ", ".join(f"{gear.file} for {gear.batch}" for gear in manifest.gears)
         notes.append(f"a .rknn has fixed shapes: {sizes}; {FILE_NAME} lists them")
@@ -146,6 +151,7 @@ def _report(built: building.Built) -> dict[str, Any]:
         "toolkit": container.version,
         "layout": container.layout,
         "config": dict(manifest.config),
+        "quantizer": manifest.quantizer,
         "gears": [{"batch": gear.batch, "file": gear.file, "size": gear.size} for gear in manifest.gears],
         "complaints": list(built.complaints),
         "delegation": built.delegation[str(manifest.gears[0].batch)],

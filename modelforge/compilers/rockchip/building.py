@@ -21,6 +21,7 @@ from modelforge.toolchains import environments
 from modelforge.toolchains.environments import Environment
 
 QUANTIZED = ("int8", "mixed")
+NATIVE = "native"
 # Level 3 fuses over the Q/DQ pairs: scores 0.48 beside 0.92 against the QDQ model on a detection head (measured), and
 # the toolkit warns of it: "The QAT model is loaded, but optimization_level = 3".
 _QDQ_LEVEL = 2
@@ -54,6 +55,7 @@ def build(job: CompileJob, environment: Environment) -> Built:
     arch = job.target.arch
     if not isinstance(arch, RockchipArchitecture):
         raise UnsupportedError(f"{job.target.tag} is no Rockchip NPU")
+    calibration = _calibration(job)
     config = _config(job)
     inputs, outputs = _ports(job)
     symbol = preflight.batch_symbol(job.inputs)
@@ -66,7 +68,7 @@ def build(job: CompileJob, environment: Environment) -> Built:
         folder.mkdir()
         path = folder / name
         request = {
-            **build_request(job.model, arch.platform, config, inputs, batch),
+            **build_request(job.model, arch.platform, config, inputs, batch, calibration),
             "then": {"action": "export", "artifact": str(path)},
         }
         what = f"RKNN-Toolkit2, building for {job.target.tag}"
@@ -86,29 +88,52 @@ def build(job: CompileJob, environment: Environment) -> Built:
         gears.append(Gear(batch, name, blob.digest, blob.size))
         files[name], told[str(batch)] = path, found
     assert container is not None
-    manifest = Manifest(arch.platform, environment.version, config, inputs, outputs, tuple(gears))
+    quantizer = NATIVE if calibration else "modelforge"
+    manifest = Manifest(arch.platform, environment.version, config, inputs, outputs, tuple(gears), quantizer)
     return Built(manifest, files, container, told, tuple(dict.fromkeys(complaints)))
 
 
 def build_request(
-    model: Path, platform: str, config: Mapping[str, Any], inputs: tuple[Port, ...], batch: int
-) -> dict[str, Any]:
-    """What the worker is to build: the same for a build and for the simulator that repeats it."""
+    model: Path, platform: str, config: Mapping[str, Any], inputs: tuple[Port, ...], batch: int,
+    calibration: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the worker is to build: the same for a build and for the simulator that repeats it.
+
+    Args:
+        calibration: samples for the toolkit's own quantizer; without them, the model is built as it is.
+    """
     extra = model.with_name(model.name + ".data")
-    return {
-        "files": [str(model), *([str(extra)] if extra.exists() else [])],
-        "build": {
-            "model": model.name,
-            "platform": platform,
-            "config": dict(config),
-            "inputs": [{"name": port.name, "shape": port.sized(batch)} for port in inputs],
-        },
+    files = [path for path in (model, extra, calibration) if path is not None and (path != extra or path.exists())]
+    build: dict[str, Any] = {
+        "model": model.name,
+        "platform": platform,
+        "config": dict(config),
+        "inputs": [{"name": port.name, "shape": port.sized(batch)} for port in inputs],
     }
+    if calibration is not None:
+        build["quantize"] = {"samples": calibration.name, "batch": batch, "inputs": worker_ports(inputs)}
+    return {"files": [str(path) for path in files], "build": build}
+
+
+def worker_ports(ports: tuple[Port, ...]) -> list[dict[str, Any]]:
+    """Inputs or outputs, as the worker reads and writes their samples."""
+    return [{"name": port.name, "pixels": port.pixels, "batched": port.is_batched} for port in ports]
+
+
+def _calibration(job: CompileJob) -> Path | None:
+    """The samples for the toolkit's own quantizer, where the recipe asks for it."""
+    if job.precision != "int8" or job.options.get("quantizer") != NATIVE:
+        return None
+    if job.calibration is None:
+        raise UnsupportedError(
+            "the toolkit's own quantizer needs calibration samples, and the job has none", where=job.target.tag
+        )
+    return job.calibration
 
 
 def _config(job: CompileJob) -> dict[str, Any]:
     config: dict[str, Any] = {}
-    if job.precision in QUANTIZED:
+    if job.precision in QUANTIZED and job.options.get("quantizer") != NATIVE:
         config["optimization_level"] = _QDQ_LEVEL
     if job.options.get("single_core"):
         config["single_core_mode"] = True

@@ -59,6 +59,7 @@ class Manifest:
     Attributes:
         config: arguments of ``RKNN.config`` beside the platform.
         gears: by batch, rising.
+        quantizer: who made INT8: ``modelforge`` (or nobody, in a float variant) or ``native``, the toolkit.
     """
 
     platform: str
@@ -67,6 +68,7 @@ class Manifest:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     gears: tuple[Gear, ...]
+    quantizer: str = "modelforge"
 
     def gear(self, batch: int) -> Gear:
         """The file for this batch; the smallest where it has none of its own."""
@@ -93,6 +95,7 @@ def read_manifest(path: Path) -> Manifest:
             inputs=tuple(_port(each) for each in data["inputs"]),
             outputs=tuple(_port(each) for each in data["outputs"]),
             gears=tuple(Gear(**each) for each in data["gears"]),
+            quantizer=str(data.get("quantizer", "modelforge")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BuildError(f"cannot be read: {error}", where=path.name) from error

@@ -60,7 +60,7 @@ def refusals(
         *_shapes(inputs),
         *_dtypes(facts),
         *_operators(facts),
-        *_options(platform, options),
+        *_options(platform, precision, options),
     ]
 
 
@@ -134,7 +134,13 @@ def _operators(facts: ModelFacts) -> Iterator[Refusal]:
             )
 
 
-def _options(platform: str, options: Options) -> Iterator[Refusal]:
+def _options(platform: str, precision: str, options: Options) -> Iterator[Refusal]:
+    if options.get("quantizer") == "native" and precision == "mixed":
+        yield Refusal(
+            "native-mixed",
+            "`mixed` is ModelForge's choice of layers, and the toolkit's own quantizer has none",
+            'take `quantizer` out, or give this target the ladder ["int8", "fp16"]',
+        )
     if options.get("single_core") and platform not in SINGLE_CORE:
         yield Refusal(
             "single-core",

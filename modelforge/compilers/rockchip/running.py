@@ -4,12 +4,10 @@ holds the result against the one that ships, and simulates that.
 
 from __future__ import annotations
 
-from typing import Any
-
 from modelforge.compilers.protocol import Ran, RunJob
-from modelforge.compilers.rockchip.building import build_request
-from modelforge.compilers.rockchip.manifest import FILE_NAME, Port, read_manifest
-from modelforge.errors import BuildError
+from modelforge.compilers.rockchip.building import NATIVE, build_request, worker_ports
+from modelforge.compilers.rockchip.manifest import FILE_NAME, read_manifest
+from modelforge.errors import BuildError, UnsupportedError
 from modelforge.toolchains import environments
 from modelforge.toolchains.environments import Environment
 
@@ -22,6 +20,7 @@ def simulate(job: RunJob, environment: Environment) -> Ran:
 
     Raises:
         BuildError: the lowered model is not among the files, or built again it is not the file that ships.
+        UnsupportedError: the toolkit quantized it, and the calibration samples are not here to build it again.
     """
     for name in (FILE_NAME, "model.onnx"):
         if name not in job.files:
@@ -34,13 +33,22 @@ def simulate(job: RunJob, environment: Environment) -> Ran:
             f"the variant was built by RKNN-Toolkit2 {manifest.toolkit}, and {environment.version} is installed",
             where=job.target.tag,
         )
+    if manifest.quantizer == NATIVE and job.calibration is None:
+        raise UnsupportedError(
+            "the simulator builds a model again, and what the toolkit's own quantizer made it of, the calibration "
+            "samples, is not in the bundle",
+            where=job.target.tag,
+            fix="run the golden samples on the board",
+        )
     gear = manifest.gear(job.batch)
+    samples = job.calibration if manifest.quantizer == NATIVE else None
+    model, inputs = job.files["model.onnx"], manifest.inputs
     request = {
-        **build_request(job.files["model.onnx"], manifest.platform, manifest.config, manifest.inputs, gear.batch),
+        **build_request(model, manifest.platform, manifest.config, inputs, gear.batch, samples),
         "then": {
             "action": "simulate",
-            "inputs": _ports(manifest.inputs),
-            "outputs": _ports(manifest.outputs),
+            "inputs": worker_ports(manifest.inputs),
+            "outputs": worker_ports(manifest.outputs),
             "artifact": str(job.files[gear.file]),
             "samples": str(job.inputs),
             "batch": gear.batch,
@@ -56,10 +64,6 @@ def simulate(job: RunJob, environment: Environment) -> Ran:
             fix="give the mean and std that the evaluation data was made with",
         )
     return Ran("simulator", tuple(_notes(gear.file, len(manifest.gears), int(answer["differs"]))))
-
-
-def _ports(ports: tuple[Port, ...]) -> list[dict[str, Any]]:
-    return [{"name": port.name, "pixels": port.pixels, "batched": port.is_batched} for port in ports]
 
 
 def _notes(file: str, gears: int, differs: int) -> list[str]:

@@ -120,9 +120,32 @@ def _built(request: Request) -> Any:
     # Failures come both as exceptions and as return codes.
     if toolkit.load_onnx(model=request["model"], inputs=names, input_size_list=shapes) != 0:
         raise _Told("UnsupportedError", "the toolkit cannot load the model")
-    if toolkit.build(do_quantization=False) != 0:
+    how = _dataset(request["quantize"]) if "quantize" in request else {"do_quantization": False}
+    if toolkit.build(**how) != 0:
         raise _Told("UnsupportedError", "the toolkit cannot build the model")
     return toolkit
+
+
+def _dataset(request: Request) -> Request:
+    """Arguments of the toolkit's own quantizer: a text file with a line a batch, an .npy for each input in it.
+
+    Raw pixels where mean and deviation are built in, as whole numbers, and in the model's own layout.
+    """
+    import numpy as np
+
+    with np.load(request["samples"], allow_pickle=False) as archive:
+        arrays = [archive[entry["name"]] for entry in request["inputs"]]
+    lines = []
+    for turn, start in enumerate(range(0, len(arrays[0]), request["batch"])):
+        names = []
+        for place, (entry, array) in enumerate(zip(request["inputs"], arrays, strict=True)):
+            rows, _ = _fed(entry, array[start : start + request["batch"]], request["batch"])
+            names.append(f"calibration-{turn}-{place}.npy")
+            np.save(names[-1], rows.transpose(0, 3, 1, 2) if entry["pixels"] else rows)
+        lines.append(" ".join(names))
+    with open("dataset.txt", "w", encoding="utf-8") as stream:
+        stream.write("\n".join(lines) + "\n")
+    return {"do_quantization": True, "dataset": "dataset.txt"}
 
 
 def _pixels(rows: Any, how: Request) -> tuple[Any, float]:

@@ -13,12 +13,15 @@ from modelforge.compilers.engine_header import EngineHeader, read_header
 from modelforge.compilers.protocol import CompileJob
 from modelforge.compilers.tensorrt.cuda import Gpu
 from modelforge.compilers.tensorrt.device import environment
-from modelforge.compilers.tensorrt.product import Installed, Product
+from modelforge.compilers.tensorrt.installation import Installed, call
+from modelforge.compilers.tensorrt.product import Product
 from modelforge.compilers.tensorrt.profiles import Profile, spell
 from modelforge.compilers.tensorrt.switches import Switches
 from modelforge.errors import BuildError, IntegrityError, UnsupportedError
 from modelforge.store import StepRecord, Store, canonical_json, digest_bytes, digest_file, write_atomically
-from modelforge.toolchains import worker
+
+TIMING_CACHE = "timing.cache"
+"""What a build measured, for the next one on such a GPU: beside the engine, and in the local cache."""
 
 _ENGINE = "main.engine"
 _WORKER = "modelforge.compilers.tensorrt.worker"
@@ -88,7 +91,10 @@ def copy_weights(model: Path, to: Path) -> Path:
 def _build(
     job: CompileJob, product: Product, installed: Installed, asked: Switches, ranges: list[Profile], gpu: Gpu | None
 ) -> Built:
-    cache = _TimingCache(product, installed.version, gpu, job.workdir) if product.times_tactics and gpu else None
+    given = job.options.get("timing_cache")
+    cache = None
+    if product.times_tactics and gpu:
+        cache = _TimingCache(product, installed.version, gpu, job.workdir / TIMING_CACHE, given and Path(given))
     what = f"{product.title.removeprefix('NVIDIA ')}, building for {job.target.tag}"
     env = environment(gpu if product.needs_gpu else None)
     request = {
@@ -100,11 +106,11 @@ def _build(
         "timing_cache": cache.files() if cache else None,
         **dataclasses.asdict(asked),
     }
-    answer = worker.call(f"{_WORKER}:build", request, workdir=job.workdir, timeout=job.timeout, what=what, env=env)
+    answer = call(installed, f"{_WORKER}:build", request, workdir=job.workdir, timeout=job.timeout, what=what, env=env)
     report = {
         "engine_version": answer["version"],
         **{name: answer[name] for name in ("layers", "inputs", "outputs", "warnings", "seconds", "dla")},
-        "timing_cache": cache.keep(answer["timing_cache_used"]) if cache else None,
+        "timing_cache": cache.keep(answer["timing_caches_used"]) if cache else None,
         "shared": False,
     }
     return _checked(job, product, answer["version"], gpu.name if gpu and product.needs_gpu else None, report)
@@ -131,21 +137,37 @@ def _shared_key(job: CompileJob, product: Product, installed: Installed, asked: 
 
 
 class _TimingCache:
-    """What earlier builds measured, one file for each toolchain version and GPU; no build depends on it being there."""
+    """What builds measured, one file for each toolchain version and GPU; no build depends on it being there.
 
-    def __init__(self, product: Product, version: str, gpu: Gpu, workdir: Path) -> None:
+    Read are the local one and the one that the recipe names; the builder holds both against its own version and GPU.
+
+    Args:
+        fresh: where the child writes what it knows after the build.
+        given: what the recipe names, or the deferred bundle brings.
+    """
+
+    def __init__(self, product: Product, version: str, gpu: Gpu, fresh: Path, given: Path | None) -> None:
         slug = re.sub(r"[^a-z0-9.]+", "-", f"{product.name}-{version}-{gpu.name}-sm{gpu.sm}".lower())
         self._kept = Store().home / "timing-caches" / f"{slug}.cache"
-        self._fresh = workdir / "timing.cache"
-        self._before = digest_file(self._kept).digest if self._kept.is_file() else None
+        self._fresh = fresh
+        self._given = given
+        found = [path for path in (self._kept, given) if path is not None and path.is_file()]
+        self._digests = {str(path): digest_file(path).digest for path in found}
 
-    def files(self) -> dict[str, str | None]:
-        return {"read": str(self._kept) if self._before else None, "write": str(self._fresh)}
+    def files(self) -> dict[str, Any]:
+        return {"read": list(self._digests), "write": str(self._fresh)}
 
-    def keep(self, used: bool) -> dict[str, Any]:
+    def keep(self, used: list[str]) -> dict[str, Any]:
         """Put what was measured in its place; of builds at once, the last one's stays."""
         if self._fresh.is_file():
             self._kept.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._kept, self._fresh.read_bytes())
         after = digest_file(self._kept).digest if self._kept.is_file() else None
-        return {"file": self._kept.name, "read": self._before if used else None, "digest": after}
+        read = {path: self._digests[path] for path in used}
+        return {
+            "file": self._kept.name,
+            "read": read.get(str(self._kept)),
+            "given": self._digests.get(str(self._given)),
+            "given_used": str(self._given) in read,
+            "digest": after,
+        }

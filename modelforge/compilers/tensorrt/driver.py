@@ -10,20 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
-from modelforge.compilers.tensorrt import building, device, preflight, switches
+from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain, Wanted
+from modelforge.compilers.tensorrt import building, device, preflight, preflight_sizes, switches
 from modelforge.compilers.tensorrt.device import dotted
 from modelforge.compilers.tensorrt.facts import FILE_NAME, WEIGHTS, read_facts, write_facts
-from modelforge.compilers.tensorrt.product import TENSORRT, TENSORRT_RTX, Installed, Product, find, is_tested
+from modelforge.compilers.tensorrt.installation import Absent, call, find, locate, require
+from modelforge.compilers.tensorrt.product import TENSORRT, TENSORRT_RTX, Product, is_tested
 from modelforge.compilers.tensorrt.profiles import profiles
 from modelforge.errors import BuildError, ToolchainMissing, UnsupportedError
 from modelforge.graph.facts import ModelFacts
 from modelforge.options import NO_OPTIONS, Options
 from modelforge.recipe import Dim
 from modelforge.target import CudaArchitecture, Target
-from modelforge.toolchains import worker
 
 ARTIFACT = "main.engine"
+LAYERS = "layers.json"
 NOTE_NOT_RUN = "built without a GPU; compute-capability compatible, not run on one"
 
 # Compute capabilities that the builder of TensorRT-RTX takes and NVIDIA's support matrix does not list.
@@ -39,7 +40,7 @@ class _Driver:
     """
 
     section = "tensorrt"
-    code_version = "2"
+    code_version = "3"
     product: Product
 
     @property
@@ -54,18 +55,20 @@ class _Driver:
         """Say which version is installed. Classic TensorRT is missing where there is no GPU, or none like the target's:
         it builds on that only."""
         product = self.product
-        installed = find(product)
-        if installed is None:
-            return Missing(f"{product.title} is not installed", product.install)
+        installed = locate(product)
+        if isinstance(installed, Absent):
+            return Missing(installed.reason, installed.fix)
         reason = self._why_no_gpu(target)
         if reason is not None:
             fix = "build with --allow-deferred, then `modelforge finalize BUNDLE --target TAG` on the device"
             return Missing(f"{product.title} {installed.version} is here, and builds on the GPU only: {reason}", fix)
-        lines = " and ".join(product.tested)
-        untested = f"{product.title} {installed.version} is untested; {lines} are known to work"
-        return Toolchain(
-            {product.module: installed.version}, () if is_tested(product, installed.version) else (untested,)
-        )
+        warnings = []
+        if not is_tested(product, installed.version):
+            lines = " and ".join(product.tested)
+            warnings.append(f"{product.title} {installed.version} is untested; {lines} are known to work")
+        if installed.python is not None:
+            warnings.append(f"{product.title} runs in {installed.python}, as {product.python_variable} says")
+        return Toolchain({product.module: installed.version, **installed.versions}, tuple(warnings))
 
     def _why_no_gpu(self, target: Target | None) -> str | None:
         if not self.product.needs_gpu:
@@ -107,6 +110,15 @@ class _Driver:
                 found.setdefault(refusal.what, refusal)
         return list(found.values())
 
+    def supports_recipe(self, wanted: Wanted) -> list[Refusal]:
+        """Say which sizes under [dims] contradict the model, or each other."""
+        if not isinstance(wanted.target.arch, CudaArchitecture):
+            return []
+        found = preflight_sizes.one_symbol_two_sizes(wanted.facts, wanted.inputs, wanted.dims)
+        if found or wanted.model is None:
+            return found
+        return preflight_sizes.contradictions(wanted.model, wanted.inputs, wanted.dims)
+
     def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
         """Say what the preflight knows of the model's own nodes that no lowering mends."""
         if not isinstance(target.arch, CudaArchitecture):
@@ -129,7 +141,7 @@ class _Driver:
         """
         asked = self._switches(job)
         ranges = profiles(job.inputs, job.dims)
-        installed = self._installed()
+        installed = require(self.product)
         gpu = device.fitting(job.target)
         if self.product.needs_gpu and gpu is None:
             raise ToolchainMissing(
@@ -137,10 +149,14 @@ class _Driver:
                 fix=f"run `modelforge finalize BUNDLE --target {job.target.tag}` on such a device",
             )
         preflight.require(job.model, asked.capabilities, self.name)
+        if contradicted := preflight_sizes.contradictions(job.model, job.inputs, job.dims):
+            raise UnsupportedError(contradicted[0].what, where=job.target.tag, fix=contradicted[0].fix)
         built = building.build(job, self.product, installed, asked, ranges, gpu)
         engine = job.workdir / ARTIFACT
         facts = write_facts(job.workdir, engine, self.product, built.version, asked, ranges)
         files = {ARTIFACT: engine, FILE_NAME: facts}
+        if (timing := job.workdir / building.TIMING_CACHE).is_file():
+            files[timing.name] = timing
         if asked.strip_plan:
             files[WEIGHTS] = building.copy_weights(job.model, job.workdir / WEIGHTS)
         return Compiled(
@@ -167,7 +183,8 @@ class _Driver:
         """Both on the GPU in one child process, round by round, transfers left out; None where no such GPU is here."""
         if self.runner(first.target) is None:
             return None
-        timed = worker.call(
+        timed = call(
+            require(self.product),
             "modelforge.compilers.tensorrt.running:race",
             {
                 "engines": [self._loading(first), self._loading(second)],
@@ -184,7 +201,7 @@ class _Driver:
     def run(self, job: RunJob) -> Ran:
         """Run and time the engine on the GPU, in a child process that loads it only if its digest is the recorded one.
 
-        ``layers.json`` in the job's folder then holds the time of each layer.
+        ``layers.json`` among its files holds the time of each layer, at the largest batch that was timed.
 
         Raises:
             IntegrityError: the engine is not the one that was built.
@@ -193,7 +210,9 @@ class _Driver:
         if self.runner(job.target) is None:
             raise BuildError("an engine cannot be run here", where=job.artifact, fix=self.runner_hint(job.target))
         facts, _ = read_facts(job.files, job.artifact)
-        ran = worker.call(
+        layers = job.workdir / LAYERS
+        ran = call(
+            require(self.product),
             "modelforge.compilers.tensorrt.running:run",
             {
                 **self._loading(job),
@@ -201,16 +220,15 @@ class _Driver:
                 "outputs": str(job.outputs),
                 "batch": job.batch,
                 "gears": list(facts.gears()) or [job.batch],
-                "layers": str(job.workdir / "layers.json"),
+                "layers": str(layers),
             },
             workdir=job.workdir,
             timeout=job.timeout,
             what=f"{self.title}, running on the GPU for {job.target.tag}",
             env=device.environment(),
         )
-        return Ran(
-            "device", (f"ran on {ran['gpu']['name']}, driver for CUDA {ran['gpu']['driver']}",), _latency(ran, job)
-        )
+        note = f"ran on {ran['gpu']['name']}, driver for CUDA {ran['gpu']['driver']}"
+        return Ran("device", (note,), _latency(ran, job), {LAYERS: layers})
 
     def _loading(self, job: RunJob) -> dict[str, Any]:
         """What the child needs to load the engine of a job."""
@@ -218,7 +236,7 @@ class _Driver:
         arch = job.target.arch
         return {
             "product": self.name,
-            "folder": str(self._installed().folder),
+            "folder": str(require(self.product).folder),
             "engine": str(job.files[job.artifact]),
             "digest": facts.digest,
             "version": facts.version,
@@ -227,12 +245,6 @@ class _Driver:
             "weights": str(job.files[facts.weights]) if facts.weights else None,
             "profiles": list(facts.profiles),
         }
-
-    def _installed(self) -> Installed:
-        installed = find(self.product)
-        if installed is None:
-            raise ToolchainMissing(f"{self.title} is not installed", fix=self.product.install)
-        return installed
 
     def _switches(self, job: CompileJob) -> switches.Switches:
         if not isinstance(job.target.arch, CudaArchitecture):

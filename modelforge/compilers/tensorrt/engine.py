@@ -20,7 +20,7 @@ from modelforge.errors import BuildError, IntegrityError, UnsupportedError
 if TYPE_CHECKING:
     import tensorrt_rtx as vendor
 
-Array = np.ndarray[Any, Any]
+    Array = np.ndarray[Any, Any]  # as it runs, NumPy 1.21, which JetPack 6 has, takes no subscripts
 
 # NumPy has no bfloat16 and no FP8: engines with such inputs or outputs are not run here.
 _DTYPES: dict[str, Any] = {

@@ -189,7 +189,7 @@ class _Reader:
         graph = self._graph
         initialized = {tensor.name for tensor in graph.initializer}
         inputs = [_declared(value, from_input=True) for value in graph.input if value.name not in initialized]
-        live = _live(graph)
+        live = live_nodes(graph)
         scope, _ = self._walk(graph, {tensor.name: tensor for tensor in inputs}, {}, (), live)
         outputs = [
             Tensor(value.name) if value.name in self._untyped else scope.get(value.name, _declared(value))
@@ -309,7 +309,7 @@ class _Reader:
         )
 
 
-def _live(graph: onnx.GraphProto) -> set[int]:
+def live_nodes(graph: onnx.GraphProto) -> set[int]:
     """Positions of the nodes that an output depends on."""
     needed = {value.name for value in graph.output}
     live = set()

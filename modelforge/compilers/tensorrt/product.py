@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class Product:
     needs_gpu: bool
     names_capabilities: bool
     times_tactics: bool
+
+    @property
+    def python_variable(self) -> str:
+        """The environment variable that names another interpreter, which has the module."""
+        return f"MODELFORGE_{self.module.upper()}_PYTHON"
 
 
 TENSORRT = Product(
@@ -87,27 +93,28 @@ def only(name: str) -> Callable[[Function], Function]:
 PRODUCTS = {product.name: product for product in (TENSORRT, TENSORRT_RTX)}
 
 
-@dataclass(frozen=True)
-class Installed:
-    """A product as found here.
+def find(product: Product) -> tuple[str, Path] | None:
+    """The product's version and the folder of its module, without importing it; None where this interpreter has none.
 
-    Attributes:
-        folder: where its module lies. The child process looks there too, so that it loads what was found, also where
-            the caller's PYTHONPATH led to it (JetPack's system packages), which the child does not have.
+    :mod:`~modelforge.compilers.tensorrt.installation` looks into other interpreters too.
     """
-
-    version: str
-    folder: Path
-
-
-def find(product: Product) -> Installed | None:
-    """The product's version and place, without importing it; None where it is not installed."""
     spec = importlib.util.find_spec(product.module)
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent
     version = _packaged_version(product) or _written_version(folder)
-    return Installed(version, folder.parent) if version else None
+    return (version, folder.parent) if version else None
+
+
+def describe(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child process: what the interpreter that runs this has of ``request["product"]``."""
+    found = find(PRODUCTS[request["product"]])
+    return {
+        "version": found and found[0],
+        "folder": found and str(found[1]),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "numpy": importlib.util.find_spec("numpy") is not None,
+    }
 
 
 def parse_version(text: str) -> Version:

@@ -32,6 +32,7 @@ KNOWN = (
     "strip_plan",
     "dla_core",
     "builder_optimization_level",
+    "timing_cache",
 )
 
 
@@ -251,6 +252,20 @@ def _optimization_level(case: Case) -> Iterator[Fault]:
         yield f"must be a whole number from 0 to 5, not {level!r}", "3 is the default", f"{_DOCS}, IBuilderConfig"
 
 
+def _timing_cache(case: Case) -> Iterator[Fault]:
+    path = case.options["timing_cache"]
+    if not isinstance(path, str) or not path:
+        yield f"must be the path of a file, not {path!r}", "name what `finalize` left in its bundle", "NvInfer.h"
+    if not case.product.times_tactics:
+        yield (
+            f"{case.product.title} measures nothing as it builds",
+            'compiler = "tensorrt"',
+            f"{_NO_TIMING}, {MEASURED}",
+        )
+
+
+_NO_TIMING = "the documentation of TensorRT-RTX 1.7 (timing caches have no effect)"
+
 _RULES: Mapping[str, Any] = {
     "workspace_bytes": _workspace,
     "compute_capabilities": _capabilities,
@@ -259,4 +274,5 @@ _RULES: Mapping[str, Any] = {
     "strip_plan": _strip_plan,
     "dla_core": _dla,
     "builder_optimization_level": _optimization_level,
+    "timing_cache": _timing_cache,
 }

@@ -25,12 +25,13 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     Args:
         request: ``product`` and ``folder``: what to load, and from where; ``model``: path of the ONNX file; ``engine``:
             path to write; ``capabilities``: compute capabilities without their dot; ``profiles``: for each, by input
-            name, three shapes: min, opt, max; ``timing_cache``: paths ``read`` (or None) and ``write``, or None; the
+            name, three shapes: min, opt, max; ``timing_cache``: paths ``read`` and ``write``, or None; the
             other fields of :class:`~modelforge.compilers.tensorrt.switches.Switches`.
 
     Returns:
         ``version``, ``layers``, ``inputs`` and ``outputs`` (name, dtype, shape; -1 where dynamic), ``warnings``,
-        ``seconds`` (of parsing and of building), ``dla`` (layers there and on the GPU, or None), ``timing_cache_used``.
+        ``seconds`` (of parsing and of building), ``dla`` (layers there and on the GPU, or None),
+        ``timing_caches_used`` (paths).
 
     Raises:
         UnsupportedError: the toolchain cannot have this model for this GPU, or does not have an option.
@@ -51,7 +52,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     _configure(trt, config, request)
     dla = None if request["dla_core"] is None else _use_dla(trt, builder, config, network, request["dla_core"])
     _add_profiles(builder, config, network, request["profiles"], heard)
-    used = _read_timing_cache(config, request["timing_cache"], heard)
+    used = _read_timing_caches(config, request["timing_cache"], heard)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise failure(heard.errors(), "the builder gave no engine")
@@ -66,7 +67,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "warnings": heard.warnings(),
         "seconds": {"parse": round(parsed - begun, 3), "build": round(time.monotonic() - parsed, 3)},
         "dla": dla,
-        "timing_cache_used": used,
+        "timing_caches_used": used,
     }
 
 
@@ -223,23 +224,29 @@ def _check_profiles(network: vendor.INetworkDefinition, profiles: list[dict[str,
                 )
 
 
-def _read_timing_cache(config: vendor.IBuilderConfig, files: dict[str, str | None] | None, heard: Heard) -> bool:
-    """Give the builder what earlier builds measured. A cache of another version or GPU is left aside, not trusted."""
+def _read_timing_caches(config: vendor.IBuilderConfig, files: dict[str, Any] | None, heard: Heard) -> list[str]:
+    """Give the builder what earlier builds measured; the paths of those that it took.
+
+    A cache of another version or GPU is left aside, not trusted: all are held against an empty one of this builder.
+    """
     if files is None:
-        return False
-    old = Path(files["read"]).read_bytes() if files["read"] else b""
-    cache = config.create_timing_cache(old)
-    if cache is not None and config.set_timing_cache(cache, False):
-        return bool(old)
-    heard.add("WARNING", "the timing cache was not accepted; tactics are measured anew")
-    empty = config.create_timing_cache(b"")
-    if empty is not None:
-        config.set_timing_cache(empty, False)
-    return False
+        return []
+    known = config.create_timing_cache(b"")
+    if known is None:
+        return []
+    used: list[str] = []
+    for path in files["read"]:
+        each = config.create_timing_cache(Path(path).read_bytes())
+        if each is not None and known.combine(each, False):
+            used.append(path)
+        else:
+            heard.add("WARNING", f"the timing cache {Path(path).name} was not accepted; tactics are measured anew")
+    config.set_timing_cache(known, False)
+    return used
 
 
-def _write_timing_cache(config: vendor.IBuilderConfig, files: dict[str, str | None] | None) -> None:
-    if files is None or not files["write"]:
+def _write_timing_cache(config: vendor.IBuilderConfig, files: dict[str, Any] | None) -> None:
+    if files is None:
         return
     cache = config.get_timing_cache()
     data = None if cache is None else cache.serialize()

@@ -13,7 +13,7 @@ import pytest
 from onnx import helper
 
 from modelforge.compilers.ascend import AscendCompiler
-from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Toolchain
+from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Toolchain, Wanted
 from modelforge.errors import ModelForgeError, ToolchainMissing, UnsupportedError
 from modelforge.graph.inspect import inspect_model
 from modelforge.options import PreprocessSection
@@ -126,6 +126,25 @@ class TestSupports:
         many = {"batch": Dim(values=tuple(range(1, 102)))}
         assert self.rules(model, shape=("batch", 3, 8, 8), dims=many) == ["gears"]
         assert self.rules(model, precision="int8", shape=("batch", 3, 8, 8), dims=many) == []
+
+    def test_what_aipp_cannot_do(self, tmp_path: Path) -> None:
+        model = conv_model(tmp_path / "m.onnx", "batch")
+        facts = inspect_model(model)
+
+        def rules(
+            precision: str = "fp16", shape: Any = ("batch", 3, 8, 8), dims: Any = BATCH, **section: Any
+        ) -> list[str]:
+            sections = {"x": PreprocessSection.model_validate(section)}
+            wanted = Wanted(model, facts, target(), precision, {"x": shape}, dims, {}, sections)
+            found = COMPILER.supports_recipe(wanted)
+            assert all(each.what.startswith("inputs.x.preprocess: ") and each.fix and each.source for each in found)
+            return [each.rule for each in found]
+
+        assert rules() == rules("int8") == []
+        assert COMPILER.supports_recipe(Wanted(model, facts, target(), "fp16", {"x": (1, 3, 8, 8)}, {})) == []
+        assert rules(size=(9, 8)) == rules("int8", size=(9, 8)) == ["aipp"]
+        assert rules(colour="gray") == ["aipp"]
+        assert rules(shape=("batch", 3, "side", 8), dims={**BATCH, "side": Dim(values=(8, 16))}) == ["aipp"]
 
     def test_domains_quantized_models_and_options(self, made: Double, tmp_path: Path) -> None:
         assert self.rules(conv_model(tmp_path / "q.onnx", qdq=True)) == ["operator"] * 2

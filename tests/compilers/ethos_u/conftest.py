@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from modelforge.compilers.ethos_u import toolchain
-from modelforge.errors import ModelForgeError
 from modelforge.toolchains import environments
 from modelforge.toolchains.environments import Environment
 from tests.compilers.ethos_u.digits import describe, write
+from tests.compilers.installed import home_with
 
 
 @pytest.fixture(scope="session")
-def ethos_u_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home that holds the installed environment; removed at the end."""
-    home = tmp_path_factory.mktemp("ethos-u")
-    try:
-        environments.install(toolchain(), accept_license=False, home=home)
-    except ModelForgeError as error:
-        pytest.skip(f"the ethos-u toolchain cannot be had here: {error.what}")
-    yield home
-    shutil.rmtree(home / "toolchains", ignore_errors=True)
+def ethos_u_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return home_with("ethos-u", tmp_path_factory.mktemp("ethos-u"))
 
 
 @pytest.fixture(scope="session")

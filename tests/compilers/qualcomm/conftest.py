@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modelforge.compilers.protocol import CompileJob
-from modelforge.compilers.qualcomm import toolchain
-from modelforge.errors import ModelForgeError
 from modelforge.graph.fp16 import convert_fp16
 from modelforge.graph.prepare import prepare
 from modelforge.quantize.calibrate import calibrate
 from modelforge.quantize.qdq import quantize_model
 from modelforge.recipe import Dim
 from modelforge.target import Registry, Target
-from modelforge.toolchains import environments
+from tests.compilers.installed import home_with
 from tests.conftest import ROOT
 
 DIGITS = ROOT / "recipes" / "digits"
 
 
 @pytest.fixture(scope="session")
-def qualcomm_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home that holds the installed environment; removed at the end, as it takes 400 MB."""
-    home = tmp_path_factory.mktemp("qualcomm")
-    try:
-        environments.install(toolchain(), accept_license=True, home=home)
-    except ModelForgeError as error:
-        pytest.skip(f"the qualcomm toolchain cannot be had here: {error.what}")
-    yield home
-    shutil.rmtree(home / "toolchains", ignore_errors=True)
+def qualcomm_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return home_with("qualcomm", tmp_path_factory.mktemp("qualcomm"))
 
 
 @pytest.fixture

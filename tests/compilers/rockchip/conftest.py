@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from modelforge.compilers.rockchip import toolchain
-from modelforge.store import default_home
 from modelforge.toolchains.environments import Environment, find
+from tests.compilers.installed import home_with
 from tests.conftest import Forge
 
 
@@ -23,7 +23,5 @@ def environment() -> Environment:
 @pytest.fixture
 def rockchip_forge(environment: Environment, tmp_path: Path) -> Forge:
     """The program with a cache of its own, and the toolchains that are installed."""
-    forge = Forge(tmp_path / "home", tmp_path)
-    forge.home.mkdir()
-    (forge.home / "toolchains").symlink_to(default_home() / "toolchains")
-    return forge
+    del environment  # it is there: one home for what is built, another for what is installed
+    return Forge(home_with("rockchip", tmp_path / "home"), tmp_path)

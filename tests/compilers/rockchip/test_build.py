@@ -140,6 +140,59 @@ def test_preprocessing_that_it_cannot_have_is_refused(environment: Environment, 
         RockchipCompiler().compile(job)
 
 
+def test_the_toolkits_own_quantizer_gets_the_calibration_samples(environment: Environment, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m" / "model.onnx")
+    dice = np.random.default_rng(6)
+    np.savez(tmp_path / "calibration.npz", x=dice.normal(size=(5, 3, 16, 16)).astype(np.float32))
+    options = {"quantizer": "native"}
+    asked = replace(job_of(model, tmp_path / "work"), precision="int8", options=options)
+    with pytest.raises(UnsupportedError, match="needs calibration samples"):
+        RockchipCompiler().compile(asked)
+    built = replace(asked, calibration=tmp_path / "calibration.npz")
+    shutil.rmtree(tmp_path / "work")
+    (tmp_path / "work").mkdir()
+    compiled = RockchipCompiler().compile(built)
+    assert set(compiled.report["delegation"]["dtypes"]) & {"INT8"}
+    assert any("toolkit's own quantization" in note for note in compiled.notes)
+    assert any("do_quantization=True" in word for command in compiled.commands for word in command)
+    assert "optimization_level" not in json.loads(compiled.files["rockchip.json"].read_text())["config"]
+
+    samples = dice.normal(size=(2, 3, 16, 16)).astype(np.float32)
+    run = run_job({**compiled.files, "model.onnx": model}, samples, tmp_path / "run")
+    with pytest.raises(UnsupportedError, match="calibration samples, is not in the bundle"):
+        RockchipCompiler().run(run)
+    ran = RockchipCompiler().run(replace(run, calibration=built.calibration))
+    assert "to the same bytes" in ran.notes[0]
+    with np.load(run.outputs) as outputs:
+        exact = reference(model, samples)
+        error = outputs["y"] - exact
+        assert 20 < 10 * np.log10((exact**2).sum() / (error**2).sum()) < 60, "INT8, and not FP16"
+
+    other = dice.normal(size=(5, 3, 16, 16)).astype(np.float32) * 100
+    np.savez(tmp_path / "calibration.npz", x=other)
+    with pytest.raises(BuildError, match="built again"):
+        RockchipCompiler().run(replace(run, calibration=built.calibration))
+
+
+def test_the_toolkits_own_quantizer_gets_raw_pixels(environment: Environment, tmp_path: Path) -> None:
+    """Mean and deviation are built in: it takes back what they made of the samples."""
+    model = write_model(tmp_path / "m" / "model.onnx")
+    section = PreprocessSection(mean=(127.5, 127.5, 127.5), std=(64.0, 64.0, 64.0))
+    pixels = np.random.default_rng(7).integers(0, 256, (4, 3, 16, 16))
+    samples = ((pixels - 127.5) / 64).astype(np.float32)
+    np.savez(tmp_path / "calibration.npz", x=samples)
+    job = replace(
+        job_of(model, tmp_path / "work"), precision="int8", options={"quantizer": "native"}, preprocess={"x": section},
+        calibration=tmp_path / "calibration.npz",
+    )  # fmt: skip
+    compiled = RockchipCompiler().compile(job)
+    run = run_job({**compiled.files, "model.onnx": model}, samples[:2], tmp_path / "run")
+    RockchipCompiler().run(replace(run, calibration=job.calibration))
+    with np.load(run.outputs) as outputs:
+        exact = reference(model, samples[:2])
+        assert 10 * np.log10((exact**2).sum() / ((outputs["y"] - exact) ** 2).sum()) > 25
+
+
 def test_the_toolkits_refusal_names_the_reason(environment: Environment, tmp_path: Path) -> None:
     """A return code of -1, without an exception: the reason is in the log alone."""
     model = write_model(tmp_path / "m" / "model.onnx")
@@ -169,3 +222,19 @@ def test_digits_for_rk3588(rockchip_forge: Forge, digits: Path) -> None:
     assert verified.code == 0, verified.err
     (golden,) = verified.json["golden"]
     assert (golden["outcome"], golden["evidence"]) == ("passed", "simulator")
+
+
+def test_digits_by_the_toolkits_own_quantizer(rockchip_forge: Forge, digits: Path) -> None:
+    edit_targets(digits, {"rk3588": ["int8"]}, extra='[target.rockchip]\nquantizer = "native"')
+    built = rockchip_forge("build", digits, "--json")
+    assert built.code == 0, built.err
+    (record,) = built.json["variants"]
+    assert (record["precision"], record["accuracy"]["gate"]) == ("int8", "passed")
+    assert record["calibration"]["samples"] == 128
+    assert record["delegation"]["macs"]["npu"] > 0
+    planned = rockchip_forge("plan", digits, "--json").json
+    assert not any("lower to int8" in step["title"] for step in planned["steps"])
+    verified = rockchip_forge("verify", built.json["path"], "--json")
+    (golden,) = verified.json["golden"]
+    assert golden["outcome"] == "not run"
+    assert "calibration samples" in golden["reason"]

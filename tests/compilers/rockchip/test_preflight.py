@@ -56,6 +56,13 @@ def test_rv1106_computes_in_int8_only(tmp_path: Path) -> None:
     assert rules(facts(tmp_path), "rk3588", "fp32") == {"precision"}
 
 
+def test_the_toolkits_own_quantizer_has_no_mixed(tmp_path: Path) -> None:
+    found, native = facts(tmp_path), {"quantizer": "native"}
+    assert rules(found, precision="int8", options=native) == set()
+    assert rules(found, precision="fp16", options=native) == set()
+    assert rules(found, precision="mixed", options=native) == {"native-mixed"}
+
+
 def test_newer_opsets(tmp_path: Path) -> None:
     assert rules(facts(tmp_path, opset=19)) == set()
     assert rules(facts(tmp_path, opset=21)) == {"opset"}

@@ -301,8 +301,8 @@ def test_a_child_that_claims_success_without_an_engine_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = {"version": "1.7.1.116", "layers": 1, "inputs": [], "outputs": [], "warnings": [], "dla": None}
-    answer |= {"seconds": {"parse": 0.1, "build": 1.0}, "timing_cache_used": False}
-    monkeypatch.setattr(building.worker, "call", lambda *_args, **_more: answer)
+    answer |= {"seconds": {"parse": 0.1, "build": 1.0}, "timing_caches_used": []}
+    monkeypatch.setattr(building, "call", lambda *_args, **_more: answer)
     with pytest.raises(BuildError, match="left no whole engine"):
         compile_for(gpu(80), one_node(tmp_path / "m.onnx", "Relu"), tmp_path / "work")
 

@@ -23,6 +23,7 @@ from modelforge.compilers.tensorrt import device
 from modelforge.compilers.tensorrt.driver import TensorRtCompiler, TensorRtRtxCompiler
 from modelforge.errors import BuildError, IntegrityError, ModelForgeError, ToolchainMissing, UnsupportedError
 from modelforge.recipe import Dim
+from modelforge.store import digest_file
 from tests.compilers.tensorrt.models import BATCH, conv_net, gpu, one_node
 from tests.doubles.install_tensorrt import Doubles
 
@@ -152,7 +153,7 @@ def test_a_module_that_cannot_be_imported_is_a_missing_toolchain(double: Make, t
 def test_an_engine_is_built_run_and_timed_in_every_version(double: Make, tmp_path: Path, version: str) -> None:
     double(version=version)
     compiled = compile_net(tmp_path)
-    assert sorted(compiled.files) == ["engine.json", "main.engine"]
+    assert sorted(compiled.files) == ["engine.json", "main.engine", "timing.cache"]
     assert compiled.needs["sm"] == 75
     assert compiled.needs["tensorrt"].startswith(f"=={version}")
     assert compiled.report["engine_bytes"] == compiled.files["main.engine"].stat().st_size
@@ -167,9 +168,10 @@ def test_an_engine_is_built_run_and_timed_in_every_version(double: Make, tmp_pat
     assert 0 < ran.latency["p50_ms"] <= ran.latency["p90_ms"] <= ran.latency["p99_ms"]
     assert set(ran.latency["batches"][0]["transfers"]) == {"in_ms", "out_ms"}
     assert ran.latency["device_memory_bytes"] >= 8 * 64 * 4
-    layers = json.loads((job.workdir / "layers.json").read_text())["layers"]
-    assert layers[0]["name"] == "the whole model, by the double"
-    assert layers[0]["ms"] > 0
+    told = json.loads(ran.files["layers.json"].read_text())
+    assert (told["schema"], told["batch"]) == (1, 8)
+    assert told["layers"][0]["name"] == "the whole model, by the double"
+    assert told["layers"][0]["ms"] > 0
 
 
 def test_two_engines_are_timed_round_by_round(double: Make, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_half_inputs_take_the_samples_of_the_fp32_model(double: Make, tmp_path: 
 def test_a_weight_stripped_engine_gets_its_weights_as_it_is_loaded(double: Make, tmp_path: Path) -> None:
     doubles = double()
     compiled = compile_net(tmp_path, options={"strip_plan": True})
-    assert sorted(compiled.files) == ["engine.json", "main.engine", "weights.onnx"]
+    assert sorted(compiled.files) == ["engine.json", "main.engine", "timing.cache", "weights.onnx"]
     assert b"classifier" not in compiled.files["main.engine"].read_bytes()
     job = run_job(tmp_path, compiled)
     COMPILER.run(job)
@@ -227,7 +229,34 @@ def test_the_timing_cache_is_kept_by_version_and_gpu_and_used_again(double: Make
     kept.write_bytes(b"of another version")
     compiled = compile_net(tmp_path)
     assert compiled.report["timing_cache"]["read"] is None
-    assert any("timing cache was not accepted" in warning for warning in compiled.report["warnings"])
+    assert any(f"{kept.name} was not accepted" in warning for warning in compiled.report["warnings"])
+    assert kept.read_bytes() == compiled.files["timing.cache"].read_bytes() == b"timing 10.13.3.9+double convolution"
+
+
+def test_a_timing_cache_that_the_recipe_names_is_joined_to_the_local_one(double: Make, tmp_path: Path) -> None:
+    doubles = double()
+    compile_net(tmp_path)
+    given = tmp_path / "given.cache"
+    given.write_bytes(b"timing 10.13.3.9+double pooling")
+    doubles.behave(measured="softmax")
+    compiled = compile_net(tmp_path, options={"timing_cache": str(given)})
+    report = compiled.report["timing_cache"]
+    assert report["given_used"]
+    assert report["given"] == digest_file(given).digest
+    kept = tmp_path / "home" / "timing-caches" / report["file"]
+    assert kept.read_bytes() == b"timing 10.13.3.9+double convolution pooling softmax"
+    assert report["digest"] == digest_file(kept).digest
+    assert given.read_bytes() == b"timing 10.13.3.9+double pooling"
+
+
+def test_a_timing_cache_of_another_version_is_told_and_not_used(double: Make, tmp_path: Path) -> None:
+    double()
+    given = tmp_path / "given.cache"
+    given.write_bytes(b"timing 10.3.0+double pooling")
+    compiled = compile_net(tmp_path, options={"timing_cache": str(given)})
+    assert not compiled.report["timing_cache"]["given_used"]
+    assert any("given.cache was not accepted" in warning for warning in compiled.report["warnings"])
+    assert b"pooling" not in compiled.files["timing.cache"].read_bytes()
 
 
 def test_what_falls_back_from_the_dla_is_reported(double: Make, tmp_path: Path) -> None:
