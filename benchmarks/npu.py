@@ -5,7 +5,7 @@
 PP-OCR cls, PP-OCR det, ResNet-50 and YOLOv8n for rk3588 and qualcomm-htp-v73 with the ladder int8, mixed, fp16, in
 Rockchip's PC simulator and QNN's HTP emulation. ``SQNR`` is the artifact's against FP32, ``ORT`` that of its lowered
 model in ONNX Runtime on the same samples: the peer, and what INT8 itself costs. YOLOv8n is shared between NPU and ARM
-cores; its chain runs over N more images for AP at IoU 0.5 against FP32's own detections, as in ``int8_accuracy.py``.
+cores; its chain runs over N images of ``int8_accuracy.py`` for its AP at IoU 0.5 against FP32's own detections.
 ResNet-50 is ONNX's light model with random weights, which no real data teaches anything: its figures are of mechanics.
 Takes about ten minutes on two cores; needs `modelforge toolchain install rockchip` and `qualcomm`.
 """
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="model", help=", ".join(cases))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--images", type=int, default=160)
     options = parser.parse_args()
     columns = ("model", "target", "precision", "gate", "evidence", "SQNR", "ORT", "bytes", "on NPU", "seconds")
     print("{:9}{:18}{:10}{:9}{:11}{:>7}{:>7}{:>12}{:>9}{:>9}  fell from".format(*columns))
@@ -99,8 +99,8 @@ def run(case: Case, tag: str, folder: Path, images: int) -> None:
         (chain,) = document["partitions"][tag]["chains"]
         gated, value = chain["accuracy"], agreement(bundle, tag, images, folder)
         print(
-            f"{'':9}chain: gate {gated['gate']}, agreement {gated['value']:.4f} on {gated['samples']} images; "
-            f"{value:.4f} on {images} others",
+            f"{'':9}chain: gate {gated['gate']}, agreement {gated['value']:.4f} on {gated['samples']} images, "
+            f"{value:.4f} on {images}",
             flush=True,
         )
 
@@ -151,8 +151,8 @@ def reference_sqnr(case: Case, bundle: Bundle, record: dict[str, Any], folder: P
 
 
 def agreement(bundle: Bundle, tag: str, count: int, folder: Path) -> float:
-    """Of the chain that ships with FP32, on images that neither calibration nor the gate has seen."""
-    images = yolo_task(CALIBRATION + EVALUATION + count).evaluation[-count:]
+    """Of the chain that ships with FP32, on images that calibration has not seen."""
+    images = yolo_task(count).evaluation
     tensors: dict[str, Array] = {"images": images}
     stages = bundle.about["partitions"][tag]["stages"]
     for stage in stages:

@@ -22,7 +22,7 @@ from modelforge.toolchains import worker
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 2, "reference": 1, "baseline": 1, "calibrate": 3, "rank": 3, "search": 3, "lower": 8, "compile": 2,
+    "prepare": 3, "reference": 1, "baseline": 1, "calibrate": 3, "rank": 4, "search": 4, "lower": 9, "compile": 2,
     "verify": 5, "describe": 1, "race": 1, "estimate": 1,
     "placement": 1,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,14 @@ def search(request: Request) -> dict[str, Any]:
     import shutil
 
     from modelforge.compilers.onnxruntime_worker import run_model
+    from modelforge.quantize.dialects import get_dialect
     from modelforge.quantize.search import search_exclusions
 
     folder = Path(request["folder"])
     reference, (inputs, labels) = _load(request["reference"]), _samples(request["samples"])
     rules, metric = _metric(request["metric"])
+    floor, margin = rules.floors("mixed")[0], get_dialect(request["dialect"]).margin_db
+    rules = replace(rules, min_sqnr_db=floor + margin)
     folder.mkdir(parents=True)
     data, outputs = folder / "inputs.npz", folder / "outputs.npz"
     _write(data, inputs)

@@ -22,5 +22,7 @@ DIALECT = Dialect(
     attention=True,
     graph_outputs=True,
     remainder="compiler",
+    # ResNet-50 with random weights: over 9 dB in ONNX Runtime, 6.5 in HTP's emulation.
+    margin_db=3.0,
     sources=("https://onnxruntime.ai/docs/execution-providers/QNN-ExecutionProvider.html",),
 )

@@ -17,5 +17,8 @@ DIALECT = Dialect(
     # Not Clip: its bounds would become INT8 constants, which the toolkit leaves without a type.
     elementwise=frozenset("Add Sub Mul Relu LeakyRelu Sigmoid HardSwish AveragePool GlobalAveragePool Concat".split()),
     carriers=frozenset("MaxPool Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Resize".split()),
+    # Its requantization differs by one step in a tenth of all values, which doubles the noise: ResNet-50 with random
+    # weights has 10.5 dB in ONNX Runtime and 8.2 in the simulator, on the same samples.
+    margin_db=3.0,
     sources=("rknn-toolkit2 2.5.0 user guide, section on quantized models", "builds with rknn-toolkit2 2.5.0"),
 )

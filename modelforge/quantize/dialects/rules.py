@@ -44,6 +44,8 @@ class Dialect:
         lowest_opset: of the result.
         equalize: whether the spread between channels may be evened out, which leaves constants with a number a channel.
         mixed_ratio: a Concat whose inputs' largest values differ by more holds different meanings and shares no scale.
+        margin_db: how much SQNR the compiler's own arithmetic may lose beside ONNX Runtime's: `mixed` is chosen in the
+            latter, with this much to spare.
         sources: where the rules are from.
     """
 
@@ -73,6 +75,7 @@ class Dialect:
     lowest_opset: int = 13
     equalize: bool = True
     mixed_ratio: float = 50.0
+    margin_db: float = 0.0
     sources: tuple[str, ...] = ()
 
     @property
