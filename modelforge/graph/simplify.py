@@ -18,7 +18,8 @@ _LARGEST = "1GB"
 def simplify(model_path: Path, out_path: Path) -> None:
     """Fold constants and fuse nodes of ``model_path`` into ``out_path``.
 
-    The result uses no operators of a domain that the model did not use. BatchNormalization is left to our own pass, which folds in float64.
+    The result uses no operators of a domain that the model did not use. BatchNormalization is left to our own pass,
+    which folds in float64.
 
     Raises:
         RuntimeError: onnxsim refuses the model (its own exceptions vary: callers catch all).
