@@ -5,7 +5,7 @@
 Environments: ``cold`` with an empty cache of uv, so packages come over the network, ``warm`` out of uv's cache, and
 ``here`` where it stands already and is only checked. The peer is ``uv pip install`` of the same pins into a bare ``uv
 venv``, warm too. Worker calls, medians over the rounds: one round trip of the dummy's worker, beside a bare
-``python -I -c pass`` of the same interpreter; for ``rockchip``, also the build of a small convolution.
+``python -I -c pass`` of the same interpreter; for ``rockchip`` and ``qualcomm``, the build of a small convolution.
 ``dummy`` is the double in tests/doubles; a licence that must be accepted is accepted by running this.
 """
 
@@ -27,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "doubles"
 
 from modelforge.toolchains.definition import Definition, get_definition
 from modelforge.toolchains.environments import Environment, call, find, install
+
+Request = Callable[[Path], dict[str, object]]
+"""What a worker is asked, given the folder that it works in."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -60,20 +63,20 @@ def environments(definition: Definition, folder: Path, rounds: int) -> Environme
     return found
 
 
-def trips(environment: Environment, folder: Path, rounds: int, request: dict[str, object], name: str) -> None:
+def trips(environment: Environment, folder: Path, rounds: int, request: Request, name: str) -> None:
     ours, bare_python = [], []
     for turn in range(rounds):
         work = folder / f"{name}{turn}"
         work.mkdir()
-        asked = {**request, "then": {"action": "export", "artifact": str(work / "out.rknn")}}
+        asked = request(work)
         ours.append(seconds(partial(call, environment, asked, workdir=work, timeout=600, what=name)))
         bare_python.append(seconds(lambda: subprocess.run([environment.python, "-I", "-c", "pass"], check=True)))
     first, rest, peer = ours[0], statistics.median(ours[1:]), statistics.median(bare_python)
     print(f"{name}  first {first:.3f} s   then {rest:.3f} s ({rest / peer:.1f} of a bare interpreter, {peer:.3f} s)")
 
 
-def small_convolution(folder: Path) -> dict[str, object]:
-    """A request for the rockchip worker: one convolution, 3 to 16 channels, 64 x 64."""
+def small_convolution(folder: Path) -> Path:
+    """One convolution, 3 to 16 channels, 64 x 64."""
     import numpy as np
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -88,13 +91,27 @@ def small_convolution(folder: Path) -> dict[str, object]:
     )
     path = folder / "model.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def rockchip_build(model: Path, work: Path) -> dict[str, object]:
     build = {
-        "model": path.name,
+        "model": model.name,
         "platform": "rk3588",
         "config": {},
         "inputs": [{"name": "x", "shape": [1, 3, 64, 64]}],
     }
-    return {"files": [str(path)], "build": build}
+    then = {"action": "export", "artifact": str(work / "out.rknn")}
+    return {"files": [str(model)], "build": build, "then": then}
+
+
+def qualcomm_build(model: Path, work: Path) -> dict[str, object]:
+    del work  # the worker writes into the folder that it runs in
+    provider = {"htp_arch": "73", "soc_model": "43", "offload_graph_io_quantization": "0"}
+    return {"action": "build", "model": str(model), "context": "out.onnx", "embed": False, "provider": provider}
+
+
+BUILDS = {"rockchip": rockchip_build, "qualcomm": qualcomm_build}
 
 
 def main(name: str = "dummy", rounds: str = "5") -> None:
@@ -104,9 +121,9 @@ def main(name: str = "dummy", rounds: str = "5") -> None:
         definition = get_definition(name)
         environment = environments(definition, folder, int(rounds))
         if name == "dummy":
-            trips(environment, folder, int(rounds), {"how": "well"}, "worker round trip")
-        if name == "rockchip":
-            trips(environment, folder, int(rounds), small_convolution(folder), "worker build")
+            trips(environment, folder, int(rounds), lambda work: {"how": "well"}, "worker round trip")
+        if name in BUILDS:
+            trips(environment, folder, int(rounds), partial(BUILDS[name], small_convolution(folder)), "worker build")
 
 
 if __name__ == "__main__":

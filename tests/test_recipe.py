@@ -85,6 +85,21 @@ def test_a_good_recipe(folder: Path) -> None:
     assert recipe.serving.latency_budget_ms == 50
 
 
+def test_another_compiler_for_a_target_is_told_nothing_that_was_said_to_the_first(folder: Path) -> None:
+    """The CPU's part of a partition: the NPU's options are not TVM's."""
+    path = folder / "recipe.toml"
+    npu = (
+        '[[target]]\ntag = "rk3588"\nprecision = ["int8"]\npartition = "npu"\n[target.rockchip]\nquantizer = "native"\n'
+    )
+    path.write_text(path.read_text() + npu)
+    section = load_recipe(folder).targets[-1]
+    assert section.sections == {"rockchip": {"quantizer": "native"}}
+    assert (section.quantizes("rockchip"), section.quantizes("tvm")) == (True, False)
+    beside = section.for_compiler("tvm", "fp32")
+    assert (beside.sections, beside.compiler, beside.precision) == ({}, "tvm", ("fp32",))
+    assert not beside.quantizes("rockchip")
+
+
 def test_the_least_that_a_recipe_needs(folder: Path) -> None:
     (folder / "recipe.toml").write_text(
         'schema = 1\nname = "m"\nversion = "0.1.0-rc.1"\nmodel.path = "m.onnx"\n'

@@ -181,11 +181,12 @@ def _shared(
     """The variants of a partition: the NPU's by its own compiler, the others for the CPU beside it, in FP32."""
     host = host_of(target, registry, where)
     beside = section.for_compiler(CPU_COMPILER, "fp32")
+    rungs = [Rungs(intake, stage, part.flops) for stage, part in zip(shared.stages, shared.plan.stages, strict=True)]
     return [
-        _variant(Rungs(intake, stage), section, target, where, allow_deferred)
-        if is_npu(stage.name)
-        else _variant(Rungs(intake, stage), beside, host, where, allow_deferred)
-        for stage in shared.stages
+        _variant(each, section, target, where, allow_deferred)
+        if is_npu(each.stage.name)
+        else _variant(each, beside, host, where, allow_deferred)
+        for each in rungs
     ]
 
 

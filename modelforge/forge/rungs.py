@@ -20,6 +20,8 @@ from modelforge.target import Target
 EMULATED_FLOPS = 20e9
 """How much arithmetic an emulated or simulated run may cost: qemu runs a few hundred MFLOP/s of unscheduled code, so
 that this is a minute or two. Bounds the samples by the model's own cost, so that the count is the same anywhere."""
+SIMULATED_FLOPS = 400e9
+"""The same for a vendor's PC simulator: Rockchip's does 20 GFLOP/s (YOLOv8n at 320 x 320: 0.1 s an image)."""
 EMULATED_AT_LEAST = 2
 
 
@@ -111,9 +113,11 @@ def stage_shapes(stage: Stage) -> dict[str, list[int | str]]:
 class Rungs:
     """Makes the rungs of one stage."""
 
-    def __init__(self, intake: Intake, stage: Stage) -> None:
+    def __init__(self, intake: Intake, stage: Stage, flops: float | None = None) -> None:
+        """``flops`` of one run of the stage, where it is known to be only a part of the model."""
         self.intake = intake
         self.stage = stage
+        self._part = flops
 
     def rung(self, section: TargetSection, target: Target, choice: Choice, precision: str) -> RungPlan:
         """The steps of one rung; without a toolchain (deferred) the lowered model is judged and nothing compiled."""
@@ -241,8 +245,9 @@ class Rungs:
         count = self.intake.count
         if evidence not in ("emulator", "simulator"):
             return count
-        flops = self._flops
-        return count if flops is None else min(count, max(EMULATED_AT_LEAST, int(EMULATED_FLOPS / max(flops, 1))))
+        flops = self._flops if self._part is None else self._part / self.intake.batch
+        budget = SIMULATED_FLOPS if evidence == "simulator" else EMULATED_FLOPS
+        return count if flops is None else min(count, max(EMULATED_AT_LEAST, int(budget / max(flops, 1))))
 
     @cached_property
     def _batches(self) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ def search_exclusions(
     ranking: Sequence[str | Sequence[str]],
     evaluate: Callable[[tuple[str, ...]], Trial],
     *,
+    least: int = 0,
     limit: int | None = None,
 ) -> SearchResult:
     """Find the smallest prefix of the ranking that, kept in float, meets the gate.
@@ -66,6 +67,7 @@ def search_exclusions(
     Args:
         ranking: names, worst first; an entry with several names is a block that is kept in float as one.
         evaluate: is given the names to exclude; called once for each prefix. What it raises ends the search.
+        least: fewest entries to exclude: 1 where it is known that none is too few.
         limit: most entries to exclude; by default all but the last, as INT8 without a quantized layer is none.
 
     Raises:
@@ -85,8 +87,8 @@ def search_exclusions(
         tried[count] = excluded, evaluate(excluded)
         return tried[count][1][0]
 
-    failed = -1
-    for count in _steps(most):
+    failed = min(least, most) - 1
+    for count in (each for each in _steps(most) if each > failed):
         if passes(count):
             _bisect(failed, count, passes)
             break

@@ -394,7 +394,7 @@ def test_relax_imports_the_tvm_dialect(conv_relu_conv: Path, feed: dict[str, np.
 
 @pytest.mark.parametrize("kind", ["silu", "hardswish in parts", "sigmoid of another"])
 def test_no_step_is_spent_on_what_an_activation_makes_zero(kind: str, tmp_path: Path) -> None:
-    """A Conv's output from -30 on: behind SiLU only what is above -5.5 matters, behind x * clip(x + 3, 0, 6) above -3."""
+    """A Conv's output from -30 on: behind SiLU what is above -5.5 matters, behind x * clip(x + 3, 0, 6) above -3."""
     weights = {"w": conv_weight(8, 8, 1), "three": np.float32([3]), "zero": np.float32(0), "six": np.float32(6)}
     nodes = {
         "silu": [N("Sigmoid", ["c"], ["s"]), N("Mul", ["c", "s"], ["y"])],

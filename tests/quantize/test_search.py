@@ -117,3 +117,14 @@ def test_an_error_in_an_evaluation_ends_the_search() -> None:
 def test_a_senseless_ranking_is_refused(ranking: list[str], limit: int | None) -> None:
     with pytest.raises(ValueError, match=r"twice|limit"):
         search_exclusions(ranking, Evaluator(lambda _: True), limit=limit)
+
+
+def test_what_is_known_to_be_too_few_is_not_tried() -> None:
+    asked: list[int] = []
+
+    def evaluate(exclude: tuple[str, ...]) -> tuple[bool, dict[str, float]]:
+        asked.append(len(exclude))
+        return True, {}
+
+    found = search_exclusions(["a", "b", "c"], evaluate, least=1)
+    assert (found.exclude, asked) == (("a",), [1])

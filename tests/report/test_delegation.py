@@ -79,7 +79,7 @@ def test_a_partition_is_drawn_with_what_crosses_and_what_that_costs(make_bundle:
     for each in ("rk3588", "stage1-rk3588-npu", "322 layers", "boxes", "What crosses", "simulator", "emulator"):
         assert each in said
     (cost,) = rows(part, "Stages on the NPU of rk3588")
-    assert cost == ["stage1-rk3588-npu", "3", "1.3 MiB", "~0.300 ms", "~5.60 ms", "~26.0 ms", "~20.1 ms"]
+    assert cost == ["stage1-rk3588-npu", "3", "1.3 MiB", "~0.3 ms", "~5.60 ms", "~26.00 ms", "~20.10 ms"]
 
 
 @pytest.mark.parametrize("wrong", [7, [], {"rk3588": 5}, {"rk3588": {"costs": 5, "stages": [{}]}}])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelforge.compilers.isolated import batch_symbol
 from modelforge.compilers.protocol import CompileJob
-from modelforge.compilers.qualcomm import preflight
 from modelforge.compilers.qualcomm.manifest import Gear, Manifest
 from modelforge.compilers.qualcomm.socs import Soc, soc_of
 from modelforge.errors import BuildError, UnsupportedError
@@ -41,7 +41,7 @@ def build(job: CompileJob, environment: Environment) -> Built:
         BuildError: QNN crashed, ran out of time, or what it wrote is not one context for this chip.
     """
     soc = _soc(job)
-    symbol = preflight.batch_symbol(job.inputs)
+    symbol = batch_symbol(job.inputs)
     gears, files, described, versions = [], {}, [], set()
     for batch in job.dims[symbol].gears if symbol else (1,):
         folder = job.workdir / f"b{batch}"

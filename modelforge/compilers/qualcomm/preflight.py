@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from modelforge.compilers.isolated import Shapes, foreign_dtypes, open_shapes
 from modelforge.compilers.protocol import Refusal
 from modelforge.compilers.qualcomm.socs import SOCS, soc_of
 from modelforge.graph.facts import ModelFacts
 from modelforge.recipe import Dim
 from modelforge.target import QualcommArchitecture, Target
 
-Shapes = Mapping[str, tuple[int | str, ...]]
-
 _NO_TENSOR = ("string", "complex64", "complex128", "float64")
 """QNN's types have none of these (QnnTypes.h, Qnn_DataType_t)."""
+
+_FILE, _FIXED = "an HTP context", "onnxruntime-qnn 2.7: `Dynamic shape is not supported yet, for input: ...`"
 
 
 def refusals(
@@ -24,12 +25,12 @@ def refusals(
     if not isinstance(arch, QualcommArchitecture):
         return [Refusal("target", f"{target.tag} is no Qualcomm HTP", "choose another compiler")]
     del dims
-    return [*_soc(arch, target), *_precision(arch, precision), *_shapes(inputs), *_dtypes(facts)]
-
-
-def batch_symbol(inputs: Shapes) -> str | None:
-    """The symbol that stands for the batch; None where all shapes are fixed."""
-    return next((size for shape in inputs.values() for size in shape[:1] if isinstance(size, str)), None)
+    return [
+        *_soc(arch, target),
+        *_precision(arch, precision),
+        *open_shapes(inputs, _FILE, _FIXED),
+        *foreign_dtypes(facts, lambda dtype: dtype not in _NO_TENSOR, "QNN"),
+    ]
 
 
 def _soc(arch: QualcommArchitecture, target: Target) -> Iterator[Refusal]:
@@ -62,25 +63,3 @@ def _precision(arch: QualcommArchitecture, precision: str) -> Iterator[Refusal]:
             'give this target the ladder ["int8"]',
             soc.no_float,
         )
-
-
-def _shapes(inputs: Shapes) -> Iterator[Refusal]:
-    batch = batch_symbol(inputs)
-    for name, shape in inputs.items():
-        for position, size in enumerate(shape):
-            if isinstance(size, int) or (position == 0 and size == batch):
-                continue
-            yield Refusal(
-                "dynamic-shape",
-                f'input {name}: dimension {position} "{size}" is open, and an HTP context has fixed shapes',
-                f'give "{size}" an integer in inputs.{name}.shape, or one recipe per size; a batch may have gears',
-                "onnxruntime-qnn 2.7: `Dynamic shape is not supported yet, for input: ...`",
-            )
-
-
-def _dtypes(facts: ModelFacts) -> Iterator[Refusal]:
-    for tensor in (*facts.inputs, *facts.outputs):
-        if tensor.dtype in _NO_TENSOR:
-            yield Refusal(
-                "dtype", f"{tensor.name} is of type {tensor.dtype}, which QNN has not", "cast it in the model"
-            )

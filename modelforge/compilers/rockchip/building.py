@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelforge.compilers.isolated import batch_symbol
 from modelforge.compilers.protocol import CompileJob
-from modelforge.compilers.rockchip import preflight
 from modelforge.compilers.rockchip.container import Container, read_container
 from modelforge.compilers.rockchip.layers import delegation, read_complaints, read_layers
 from modelforge.compilers.rockchip.manifest import Gear, Manifest, Port
@@ -58,7 +58,7 @@ def build(job: CompileJob, environment: Environment) -> Built:
     calibration = _calibration(job)
     config = _config(job)
     inputs, outputs = _ports(job)
-    symbol = preflight.batch_symbol(job.inputs)
+    symbol = batch_symbol(job.inputs)
     batches = job.dims[symbol].gears if symbol else (1,)
     gears, files, told, complaints = [], {}, {}, []
     container = None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from modelforge.compilers.isolated import gear_for
 from modelforge.errors import BuildError
 
 FILE_NAME = "rockchip.json"
@@ -72,7 +73,7 @@ class Manifest:
 
     def gear(self, batch: int) -> Gear:
         """The file for this batch; the smallest where it has none of its own."""
-        return next((gear for gear in self.gears if gear.batch == batch), self.gears[0])
+        return gear_for(self.gears, batch)
 
     def facts(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from modelforge.compilers.isolated import Shapes, foreign_dtypes, open_shapes
 from modelforge.compilers.protocol import Refusal
 from modelforge.graph.facts import ModelFacts
 from modelforge.options import Options
 from modelforge.recipe import Dim
 from modelforge.target import RockchipArchitecture, Target
-
-Shapes = Mapping[str, tuple[int | str, ...]]
 
 NEWEST_OPSET = 19
 """``load_onnx: Unsupport onnx opset 21, need <= 19!``"""
@@ -42,6 +41,8 @@ _REFUSED: Mapping[str, str] = {
     "Compress": "how much it gives depends on the data",
 }
 
+_FILE, _FIXED = "a .rknn file", "rknn-toolkit2 2.5.0: `The input shape [...] is not support!`"
+
 
 def refusals(
     facts: ModelFacts, target: Target, precision: str, inputs: Shapes, dims: Mapping[str, Dim], options: Options
@@ -57,16 +58,11 @@ def refusals(
     return [
         *_precision(platform, precision),
         *_opset(facts),
-        *_shapes(inputs),
-        *_dtypes(facts),
+        *open_shapes(inputs, _FILE, _FIXED),
+        *foreign_dtypes(facts, DTYPES.__contains__, "a .rknn file"),
         *_operators(facts),
         *_options(platform, precision, options),
     ]
-
-
-def batch_symbol(inputs: Shapes) -> str | None:
-    """The symbol that stands for the batch; None where all shapes are fixed."""
-    return next((size for shape in inputs.values() for size in shape[:1] if isinstance(size, str)), None)
 
 
 def _precision(platform: str, precision: str) -> Iterator[Refusal]:
@@ -99,28 +95,6 @@ def _opset(facts: ModelFacts) -> Iterator[Refusal]:
                 "domain",
                 f'the toolkit knows no operators of the domain "{domain}"',
                 "export the model without them",
-            )
-
-
-def _shapes(inputs: Shapes) -> Iterator[Refusal]:
-    batch = batch_symbol(inputs)
-    for name, shape in inputs.items():
-        for position, size in enumerate(shape):
-            if isinstance(size, int) or (position == 0 and size == batch):
-                continue
-            yield Refusal(
-                "dynamic-shape",
-                f'input {name}: dimension {position} "{size}" is open, and a .rknn file has fixed shapes',
-                f'give "{size}" an integer in inputs.{name}.shape, or one recipe per size; a batch may have gears',
-                "rknn-toolkit2 2.5.0: `The input shape [...] is not support!`",
-            )
-
-
-def _dtypes(facts: ModelFacts) -> Iterator[Refusal]:
-    for tensor in (*facts.inputs, *facts.outputs):
-        if tensor.dtype not in DTYPES:
-            yield Refusal(
-                "dtype", f"{tensor.name} is of type {tensor.dtype}, which a .rknn file has not", "cast it in the model"
             )
 
 

@@ -44,8 +44,8 @@ class Dialect:
         lowest_opset: of the result.
         equalize: whether the spread between channels may be evened out, which leaves constants with a number a channel.
         mixed_ratio: a Concat whose inputs' largest values differ by more holds different meanings and shares no scale.
-        margin_db: how much SQNR the compiler's own arithmetic may lose beside ONNX Runtime's: `mixed` is chosen in the
-            latter, with this much to spare.
+        margin_db: how much SQNR the compiler's own arithmetic may lose beside ONNX Runtime's. `mixed` is chosen in the
+            latter with this much to spare, at half the drop that is allowed, and keeps one layer in float at least.
         sources: where the rules are from.
     """
 
