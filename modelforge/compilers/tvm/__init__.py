@@ -97,7 +97,6 @@ class TvmCompiler:
             report={
                 "signature": answer["signature"],
                 "kernels": answer["kernels"],
-                "scheduled": answer["scheduled"],
                 "entries": request["batches"],
             },
         )
@@ -141,9 +140,13 @@ def _machine(arch: CpuArchitecture) -> dict[str, Any]:
     return {
         "triple": _TRIPLE[arch.isa],
         "mcpu": arch.mcpu,
-        "mattr": list(arch.mattr),
+        "mattr": [*arch.mattr, *(["-prefer-256-bit"] if arch.vector_bits == 512 else [])],
         "cores": arch.cores,
         "vector_bits": arch.vector_bits,
+        "l1d": arch.l1d,
+        "l2": arch.l2,
+        "dot": "vnni" if "avx512_vnni" in arch.cpuinfo else "sdot" if "asimddp" in arch.cpuinfo else "",
+        "fp16": "asimdhp" in arch.cpuinfo,
     }
 
 

@@ -6,37 +6,39 @@ No measurement and no per-model constant. A kernel that a rule cannot have is le
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-_DATA_PARALLEL, _REDUCTION = 0, 2
-"""``tvm.tirx.IterVar``: DataPar and CommReduce."""
+from modelforge.compilers.tvm.api import DATA_PARALLEL, REDUCTION, blocks, extent, is_reduction
+from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, vectorize_copy
+from modelforge.compilers.tvm.machine import Machine
+
 _ROWS = 4
 """Rows of the register tile: with two vectors per row it takes 8 of the 16 registers that AVX2 has, 32 on Arm."""
-_PARALLEL_WORK = 16384
-"""Scalar steps below which waking the threads costs more than it gives."""
 
 
-def apply(sch: Any, lanes: int, cores: int) -> Any:
-    """Schedule the one function of ``sch`` and return it.
+@dataclass(frozen=True)
+class Generic:
+    """What no other rule wants."""
 
-    Args:
-        lanes: float32 elements in a vector register.
-        cores: threads to make work for.
-    """
-    _inline(sch)
-    for block in _blocks(sch):
-        if _is_reduction(sch, block):
-            _reduce(sch, block, lanes)
-        else:
-            _elementwise(sch, block, lanes, cores)
-    return sch.mod["main"]
+    name: str = "generic"
+
+    def schedule(self, sch: Any, machine: Machine) -> str:
+        """Schedule every block by itself."""
+        _inline(sch)
+        for block in blocks(sch):
+            if is_reduction(sch, block):
+                _reduce(sch, block, machine.lanes())
+            else:
+                vectorize_copy(sch, block, machine)
+        return ""
 
 
 def _inline(sch: Any) -> None:
     """Merge chains of elementwise blocks. Padding stays: inlined, it would put a branch into the inner loop."""
-    for block in _blocks(sch)[:-1]:
-        if _is_reduction(sch, block) or "pad" in sch.get(block).name_hint:
+    for block in blocks(sch)[:-1]:
+        if is_reduction(sch, block) or "pad" in sch.get(block).name_hint:
             continue
         try:
             sch.compute_inline(block)
@@ -44,41 +46,23 @@ def _inline(sch: Any) -> None:
             continue
 
 
-def _elementwise(sch: Any, block: Any, lanes: int, cores: int) -> None:
-    loops = sch.get_loops(block)
-    while loops and _extent(sch, loops[-1]) == 1:
-        loops = loops[:-1]
-    if not loops:
-        return
-    work = prod(_extent(sch, loop) for loop in loops)
-    *outer, last = loops
-    width = _width(_extent(sch, last), lanes)
-    if width > 1:
-        rest, vector = sch.split(last, factors=[None, width])
-        sch.vectorize(vector)
-        outer.append(rest)
-    else:
-        outer.append(last)
-    _spread(sch, outer, work)
-
-
 def _reduce(sch: Any, block: Any, lanes: int) -> None:
     """Reorder to: outer tiles (threads), reduction, rows of the tile (unrolled), columns of the tile (vectors)."""
     loops = sch.get_loops(block)
     kinds = [int(var.iter_type) for var in sch.get(block).iter_vars]
-    if len(kinds) != len(loops) or set(kinds) != {_DATA_PARALLEL, _REDUCTION}:
+    if len(kinds) != len(loops) or set(kinds) != {DATA_PARALLEL, REDUCTION}:
         return
-    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _DATA_PARALLEL]
-    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _REDUCTION]
-    work = prod(_extent(sch, loop) for loop in loops)
-    wide = [loop for loop in spatial if _extent(sch, loop) > 1]
+    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == DATA_PARALLEL]
+    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == REDUCTION]
+    work = prod(extent(sch, loop) for loop in loops)
+    wide = [loop for loop in spatial if extent(sch, loop) > 1]
     if not wide:
         return
     column = wide[-1]
     # The axis whose elements share what is read along the columns: output channels, or rows of a matrix.
     row = spatial[1] if len(spatial) == 4 else spatial[-2] if len(spatial) > 1 else None
-    width = _width(_extent(sch, column), 2 * lanes)
-    height = _width(_extent(sch, row), _ROWS) if row is not None and row is not column else 1
+    width = _width(extent(sch, column), 2 * lanes)
+    height = _width(extent(sch, row), _ROWS) if row is not None and row is not column else 1
     outer, inner = [], []
     for loop in spatial:
         factor = width if loop is column else height if loop is row else 1
@@ -105,22 +89,10 @@ def _reduce(sch: Any, block: Any, lanes: int) -> None:
 
 
 def _spread(sch: Any, loops: list[Any], work: int) -> None:
-    if work >= _PARALLEL_WORK:
+    if work >= PARALLEL_WORK:
         sch.parallel(sch.fuse(*loops) if len(loops) > 1 else loops[0])
 
 
 def _width(extent: int, most: int) -> int:
     """The largest divisor of ``extent`` up to ``most``: a tile that is always full needs no mask."""
     return max(size for size in range(1, most + 1) if extent % size == 0)
-
-
-def _extent(sch: Any, loop: Any) -> int:
-    return int(sch.get(loop).extent)
-
-
-def _blocks(sch: Any) -> list[Any]:
-    return list(sch.get_child_blocks(sch.get_sblock("root")))
-
-
-def _is_reduction(sch: Any, block: Any) -> bool:
-    return any(int(var.iter_type) == _REDUCTION for var in sch.get(block).iter_vars)

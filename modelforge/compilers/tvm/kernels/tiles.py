@@ -1,0 +1,75 @@
+"""Register tiles for sums of products: how many pixels (or rows) by how many vectors of channels (or columns)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from modelforge.compilers.tvm.machine import Machine
+
+_LATENCY: Final = 8
+"""Sums in flight that keep two multiply-add pipes busy at a latency of four cycles (Zen 4, Sapphire Rapids, Cortex-A76)."""
+_WIDEST: Final = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``rows`` by ``vectors`` of ``lanes`` sums in registers."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def columns(self) -> int:
+        """Channels or columns that one tile makes."""
+        return self.vectors * self.lanes
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+
+def choose(rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str = "float32") -> Tile:
+    """The tile with the least cost per useful multiply-add.
+
+    Args:
+        rows: heights that the caller can have, each with the work that it does per useful row (1.0: no waste).
+        columns: channels or columns wanted.
+
+    The cost of a tile is the longest of what the pipes for sums take, what the loads take (one per row, one per
+    vector; two a cycle, like sums), and the latency, times the waste.
+    """
+    lanes = _lanes(columns, machine.lanes(dtype))
+    best: tuple[float, Tile] | None = None
+    for height, waste in rows:
+        for vectors in range(1, _WIDEST + 1):
+            sums = height * vectors
+            if sums + vectors + 1 > machine.registers:
+                continue
+            width = vectors * lanes
+            wide = -(-columns // width) * width / columns
+            steps = max(sums, height + vectors, _LATENCY) + 0.02 * (height + 4 * vectors)
+            cost = waste * wide * steps / sums
+            if best is None or cost < best[0] - 1e-9:
+                best = (cost, Tile(height, vectors, lanes))
+    if best is None:
+        return Tile(1, 1, lanes)
+    return best[1]
+
+
+def divisors(count: int, machine: Machine) -> list[tuple[int, float]]:
+    """Heights that divide ``count``: no waste."""
+    return [(size, 1.0) for size in range(1, min(count, machine.registers) + 1) if count % size == 0]
+
+
+def padded(count: int, machine: Machine) -> list[tuple[int, float]]:
+    """Every height, with the waste of rounding ``count`` up to it."""
+    return [(size, -(-count // size) * size / count) for size in range(1, min(count, machine.registers) + 1)]
+
+
+def _lanes(columns: int, lanes: int) -> int:
+    """Narrower vectors where there are fewer columns than lanes."""
+    while lanes > 4 and columns <= lanes // 2:
+        lanes //= 2
+    return lanes

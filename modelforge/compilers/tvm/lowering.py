@@ -1,0 +1,32 @@
+"""A module of graphs in, a module of unscheduled kernels out: channels last, weights packed, chains fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelforge.compilers.tvm.api import graphs, relax, rewritten, target, tvm
+from modelforge.compilers.tvm.kernels import rewriter
+from modelforge.compilers.tvm.layout import channels_last
+from modelforge.compilers.tvm.machine import Machine
+from modelforge.compilers.tvm.simplify import FoldPlain, LongSums, PlainClip
+
+
+def lower(module: Any, machine: Machine) -> Any:
+    """Lower to calls of kernels; each that a rule made carries that rule's name (:mod:`.kernels.rule`)."""
+    entries = [name.name_hint for name, _ in graphs(module)]
+    with target(machine):
+        for mutator in (FoldPlain, LongSums, PlainClip):
+            module = rewritten(module, mutator)
+        module = channels_last(module)
+        module = rewritten(module, lambda own: rewriter(own, machine))
+        passes = [
+            relax.transform.CanonicalizeBindings(),
+            relax.transform.FoldConstant(),
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(entries),
+        ]
+        return tvm.transform.Sequential(passes)(module)
