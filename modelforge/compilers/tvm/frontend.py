@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from modelforge.compilers.tvm.api import Mutator, constant_value, from_onnx, is_constant, mutator, relax, tirx, tvm
+from modelforge.compilers.tvm.api import Mutator, from_onnx, mutator, relax, tirx, tvm
 
 
 def import_entries(models: Mapping[str, Path]) -> Any:
@@ -17,10 +17,40 @@ def import_entries(models: Mapping[str, Path]) -> Any:
     merged = tvm.IRModule()
     for function, path in models.items():
         model = onnx.load(path)
+        _plain_nodes(model)
         module = from_onnx(model, shape_dict=_shapes(model), dtype_dict=_dtypes(model), keep_params_in_input=False)
         module = relax.transform.DecomposeOpsForInference()(module)
         merged.update(_renamed(module, function))
     return merged
+
+
+def _plain_nodes(model: Any) -> None:
+    """Clip as Max and Min, Sum as Adds: the importer writes them as opaque loops, which no later pass goes through."""
+    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes: list[Any] = []
+    for node in model.graph.node:
+        if node.op_type == "Clip" and node.input[1:]:
+            low, high = (*node.input[1:], "", "")[:2]
+            steps = [(op, bound) for op, bound in (("Max", low), ("Min", high)) if bound]
+            if any(bound not in known or np.isnan(known[bound]) for _, bound in steps):
+                steps = []
+        elif node.op_type == "Sum":
+            steps = [("Add", name) for name in node.input[1:]]
+        else:
+            steps = []
+        nodes += _chain(node, steps) if steps else [node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _chain(node: Any, steps: Sequence[tuple[str, str]]) -> Iterator[Any]:
+    """Nodes that apply one operator after the other to the first input."""
+    current = node.input[0]
+    for position, (op, operand) in enumerate(steps):
+        last = position == len(steps) - 1
+        result = node.output[0] if last else f"{node.output[0]}/{position}"
+        yield onnx.helper.make_node(op, [current, operand], [result], name=f"{node.name}/{position}")
+        current = result
 
 
 def _renamed(module: Any, function: str) -> Any:
