@@ -44,7 +44,7 @@ def test_links_for_both_machines_with_the_same_bytes_in_any_folder(
         folder.mkdir()
         (folder / "signature.txt").write_text("hello\n")
         out = folder / "main.so"
-        command = linker.link_shared(isa, [objects[isa]], out, embed=folder / "signature.txt", workdir=folder)
+        command = linker.link_shared(isa, [objects[isa]], out, embed=[folder / "signature.txt"], workdir=folder)
         data = out.read_bytes()
         assert int.from_bytes(data[18:20], "little") == ELF_MACHINE[isa]
         assert str(tmp_path).encode() not in data
@@ -56,7 +56,7 @@ def test_links_for_both_machines_with_the_same_bytes_in_any_folder(
 def test_the_library_carries_the_embedded_file_and_its_functions(objects: dict[str, Path], tmp_path: Path) -> None:
     embedded = tmp_path / "signature.txt"
     embedded.write_text("what it is\n")
-    linker.link_shared(NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=embedded, workdir=tmp_path)
+    linker.link_shared(NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=[embedded], workdir=tmp_path)
     assert _embedded_text(tmp_path / "main.so") == b"what it is\n"
 
 
@@ -78,7 +78,7 @@ def test_a_compiler_on_path_serves_without_ziglang(
     assert "gcc sha256:" in tool.name
     (tmp_path / "signature.txt").write_text("hello\n")
     linker.link_shared(
-        NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=tmp_path / "signature.txt", workdir=tmp_path
+        NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=[tmp_path / "signature.txt"], workdir=tmp_path
     )
     assert _embedded_text(tmp_path / "main.so") == b"hello\n"
 

@@ -5,6 +5,8 @@ Imports nothing heavy: TVM is seen only by ``api.py``, in a child process.
 
 from __future__ import annotations
 
+import mmap
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
 from modelforge.compilers.tvm import preflight, run, runtime
-from modelforge.compilers.tvm.signature import FILE_NAME, HEADER
+from modelforge.compilers.tvm.signature import FILE_NAME
 from modelforge.errors import BuildError, ToolchainMissing, UnsupportedError
 from modelforge.graph.facts import ModelFacts
 from modelforge.options import NO_OPTIONS, Options
@@ -34,7 +36,7 @@ class TvmCompiler:
     name: str = "tvm"
     title: str = "Apache TVM"
     section = None
-    code_version: str = "1"
+    code_version: str = "2"
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
         del target  # what it builds for one, it builds for all
@@ -156,17 +158,23 @@ def _link(isa: str, answer: Mapping[str, Any], folder: Path) -> tuple[Path, tupl
     signature.write_text(answer["signature"], encoding="utf-8")
     library = folder / ARTIFACT
     objects = [Path(path) for path in answer["objects"]]
-    command = linker.link_shared(isa, objects, library, embed=signature, workdir=folder)
-    _read_back(library, isa)
+    command = linker.link_shared(isa, objects, library, embed=[signature, Path(answer["weights"])], workdir=folder)
+    _read_back(library, isa, signature.read_bytes())
     return library, command
 
 
-def _read_back(library: Path, isa: str) -> None:
-    """A library for the right machine that describes itself, or an error."""
-    data = library.read_bytes()
-    machine = int.from_bytes(data[18:20], "little")
-    if data[:4] != b"\x7fELF" or machine != _ELF_MACHINE[isa] or HEADER.encode() not in data:
-        raise BuildError(f"what the linker made is not a model library for {isa}", where=library.name)
+def _read_back(library: Path, isa: str, signature: bytes) -> None:
+    """A whole library for the right machine that carries its description, or an error.
+
+    The table of sections is the last part of the file (System V gABI, chapter 4: e_shoff at 40, e_shentsize and
+    e_shnum at 58).
+    """
+    with library.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        (machine,), (begin,) = struct.unpack_from("<H", data, 18), struct.unpack_from("<Q", data, 40)
+        width, count = struct.unpack_from("<HH", data, 58)
+        whole = data[:4] == b"\x7fELF" and len(data) == begin + width * count
+        if not whole or machine != _ELF_MACHINE[isa] or data.find(signature) < 0:
+            raise BuildError(f"what the linker made is not a model library for {isa}", where=library.name)
 
 
 def _compile_command(request: Mapping[str, Any]) -> tuple[str, ...]:
@@ -177,7 +185,10 @@ def _compile_command(request: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _notes(precision: str) -> tuple[str, ...]:
-    usage = "run it with: ./run -o OUTPUTS main.so NAME=FILE.npy; ./run --describe main.so names its inputs"
+    usage = (
+        "run it with: ./run -o OUTPUTS main.so NAME=FILE.npy; ./run --describe main.so names its inputs; "
+        "in Python with NumPy: player.Model"
+    )
     return (usage, "convolutions and matrix products add up in fp16") if precision == "fp16" else (usage,)
 
 

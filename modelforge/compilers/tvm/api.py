@@ -13,10 +13,11 @@ import tvm
 from tvm import relax, te, tirx, topi
 from tvm.relax.frontend.onnx import from_onnx
 from tvm.s_tir import Schedule
+from tvm_ffi import structural_map
 
 from modelforge.compilers.tvm.machine import Machine
 
-__all__ = ["Mutator", "Schedule", "from_onnx", "mutator", "relax", "te", "tirx", "topi", "tvm"]
+__all__ = ["Mutator", "Schedule", "from_onnx", "mutator", "relax", "structural_map", "te", "tirx", "topi", "tvm"]
 
 Mutator = relax.PyExprMutator
 mutator = relax.expr_functor.mutator
@@ -89,6 +90,30 @@ def kernels(module: Any) -> list[tuple[Any, Any]]:
     return [(name, body) for name, body in module.functions_items() if is_kernel(body)]
 
 
+def bindings(module: Any) -> list[tuple[Any, Any, list[Any]]]:
+    """Every variable of the graphs, what it is bound to, and the variables that this reads, one entry a use.
+
+    Last, for each graph, None with its result.
+    """
+    found: list[tuple[Any, Any, list[Any]]] = []
+
+    def reads(value: Any) -> list[Any]:
+        if isinstance(value, relax.Var):
+            return [value]
+        if isinstance(value, relax.Tuple):
+            return [variable for field in value.fields for variable in reads(field)]
+        if isinstance(value, relax.TupleGetItem):
+            return reads(value.tuple_value)
+        return [variable for argument in value.args for variable in reads(argument)] if isinstance(value, relax.Call) else []
+
+    for _, graph in graphs(module):
+        body = graph.body
+        for block in body.blocks if isinstance(body, relax.SeqExpr) else []:
+            found += [(binding.var, binding.value, reads(binding.value)) for binding in block.bindings]
+        found.append((None, body, reads(body.body if isinstance(body, relax.SeqExpr) else body)))
+    return found
+
+
 def rewritten(module: Any, make: Callable[[Any], Any]) -> Any:
     """The module with each graph passed through ``make(module)``, a :class:`Mutator`."""
     rewriter = make(module)
@@ -100,6 +125,20 @@ def rewritten(module: Any, make: Callable[[Any], Any]) -> Any:
 def emit_kernel(builder: Any, compute: Callable[..., Any], *arguments: Any, name: str, pattern: int) -> Any:
     """Emit a call of a kernel that ``compute`` describes in tensor expressions; what may fuse with it is ``pattern``."""
     return builder.emit_te(compute, *arguments, primfunc_name_hint=name, primfunc_attrs={"op_pattern": pattern})
+
+
+def register_intrinsic(name: str, meaning: str, body: str) -> None:
+    """Make an instruction known to ``Schedule.tensorize``; both are sources in TVMScript, with ``T`` for its names."""
+    from tvm.s_tir import TensorIntrin
+    from tvm.script import from_source
+    from tvm.script import tirx as script
+
+    TensorIntrin.register(name, *(from_source(text, extra_vars={"T": script}) for text in (meaning, body)), override=True)
+
+
+def index_map(rank: int, function: Callable[..., Any]) -> Any:
+    """New indices from ``rank`` old ones."""
+    return tirx.IndexMap.from_func(lambda *index: function(*index), ndim=rank)
 
 
 def extent(sch: Any, loop: Any) -> int:
@@ -123,6 +162,25 @@ def annotations(sch: Any, block: Any) -> Mapping[str, Any]:
     return {str(key): found[key] for key in found}
 
 
+def written_dtype(sch: Any, block: Any) -> str:
+    """The element type of what a block writes."""
+    return str(sch.get(block).writes[0].source.dtype)
+
+
 def block_name(sch: Any, block: Any) -> str:
     """A block's name; unique within its kernel."""
     return str(sch.get(block).name_hint)
+
+
+def count_rows_as_one(sch: Any, block: Any) -> None:
+    """Count all axes of a block but its last as one, in memory order."""
+    sizes = [extent(sch, loop) for loop in sch.get_loops(block)]
+
+    def flat(*index: Any) -> tuple[Any, Any]:
+        row: Any = 0
+        for position, size in zip(index[:-1], sizes[:-1], strict=True):
+            row = row * size + position
+        return row, index[-1]
+
+    if len(sizes) != 2:
+        sch.transform_block_layout(block, tirx.IndexMap.from_func(flat, ndim=len(sizes)))

@@ -1,4 +1,4 @@
-"""A module of graphs in, object files out: lowered to kernels, scheduled by rules, compiled by LLVM."""
+"""A module of graphs in, object files and weights out: lowered to kernels, scheduled by rules, compiled by LLVM."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelforge.compilers.tvm import lowering, scheduling
-from modelforge.compilers.tvm.api import target, tvm
+from modelforge.compilers.tvm import lowering, pipeline, scheduling, weights
+from modelforge.compilers.tvm.api import target
 from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.scheduling import KernelReport
+from modelforge.compilers.tvm.signature import WEIGHTS_NAME
+from modelforge.compilers.tvm.weights import Weights
 
 
 @dataclass(frozen=True)
 class Objects:
-    """Object files to link, in order, and what became of the kernels in them."""
+    """Object files to link, in order, what became of the kernels in them, and the weights that they read."""
 
     files: tuple[Path, ...]
+    weights: Weights
     kernels: tuple[KernelReport, ...]
 
 
 def build(module: Any, machine: Machine, folder: Path) -> Objects:
-    """Lower, schedule and generate code; the object files go into ``folder``."""
+    """Lower, schedule and generate code; the object files and the weights go into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
     module = lowering.lower(module, machine)
     module, kernels = scheduling.schedule_all(module, machine)
-    executable = tvm.compile(module, target(machine))
-    folder.mkdir(parents=True, exist_ok=True)
+    module, lifted = weights.lift(module, folder / WEIGHTS_NAME)
+    executable = pipeline.compile_module(module, target(machine))
     scratch = folder / "scratch"
     scratch.mkdir()
     collected: list[Path] = []
@@ -37,4 +41,4 @@ def build(module: Any, machine: Machine, folder: Path) -> Objects:
 
     executable.export_library(str(folder / "unlinked.so"), fcompile=collect, workspace_dir=str(scratch))
     shutil.rmtree(scratch)
-    return Objects(tuple(collected), tuple(kernels))
+    return Objects(tuple(collected), lifted, tuple(kernels))

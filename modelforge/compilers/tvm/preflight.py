@@ -11,15 +11,12 @@ from functools import cache
 from pathlib import Path
 
 from modelforge.compilers.protocol import Refusal
+from modelforge.compilers.tvm.signature import DTYPES
 from modelforge.graph.facts import ModelFacts, OpFacts
 from modelforge.recipe import Dim
 from modelforge.target import CpuArchitecture, Target
 from modelforge.toolchains import linker
 
-DTYPES = frozenset(
-    ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
-)
-"""What ``runner.c`` reads and writes."""
 PRECISIONS = ("fp32", "fp16")
 _IMPORTER = "the ONNX importer of TVM 0.27 (relax/frontend/onnx/onnx_frontend.py)"
 _CONTROL_FLOW = ("If", "Loop", "Scan")

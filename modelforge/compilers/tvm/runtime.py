@@ -20,6 +20,8 @@ RUNTIME = "libtvm_runtime.so"
 FFI = "libtvm_ffi.so"
 RUNNER = "run"
 SOURCE = Path(__file__).parent / "runner.c"
+PLAYER = "player.py"
+"""For those who call from Python: it stands alone, and lies beside the runner under its own name."""
 
 _MEMBERS = {"apache-tvm": ("tvm/lib/libtvm_runtime.so", RUNTIME), "apache-tvm-ffi": ("tvm_ffi/lib/libtvm_ffi.so", FFI)}
 # The wheels' own tags: TVM's is built for 2.27 and 2.28, the FFI's for 2.24 and 2.28.
@@ -44,9 +46,9 @@ class Files:
 
 
 def device_files(isa: str, store: Store, folder: Path) -> Files:
-    """The runtime libraries and the runner for ``isa``, copied into ``folder``.
+    """The runtime libraries and the runners for ``isa``, copied into ``folder``.
 
-    They are fetched and compiled once, then kept in the store's home.
+    What is fetched and compiled is so once, then kept in the store's home.
 
     Raises:
         ToolchainMissing: the wheels of another machine cannot be fetched, or nothing here compiles C.
@@ -58,7 +60,8 @@ def device_files(isa: str, store: Store, folder: Path) -> Files:
     kept = {**_libraries(isa, store), RUNNER: _runner(isa, store)}
     for name, path in kept.items():
         copy_program(path, folder / name)
-    return Files({name: folder / name for name in kept}, (command,))
+    shutil.copyfile(Path(__file__).parent / PLAYER, folder / PLAYER)
+    return Files({name: folder / name for name in (*kept, PLAYER)}, (command,))
 
 
 def _libraries(isa: str, store: Store) -> dict[str, Path]:

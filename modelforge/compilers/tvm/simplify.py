@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,45 @@ class PlainClip(Mutator):  # type: ignore[misc]  # TVM ships no types
         dtype = dtype_of(data)
         floor = self.builder_.emit(relax.op.maximum(data, relax.const(_bound(low), dtype)))
         return relax.op.minimum(floor, relax.const(_bound(high), dtype))
+
+
+@mutator
+class Pairwise(Mutator):  # type: ignore[misc]  # TVM ships no types
+    """Max, Min, Sum and Mean of several tensors as operators on two: the importer broadcasts them, stacks them in
+    memory and reduces the stack, a copy of every operand (Clip with bounds as inputs comes this way too)."""
+
+    _PAIRS = MappingProxyType({"max": "maximum", "min": "minimum", "sum": "add", "mean": "add"})
+
+    def visit_call_(self, call: Any) -> Any:
+        call = self.visit_expr_post_order(call)
+        kind = op_name(call).removeprefix("relax.")
+        if kind not in self._PAIRS or call.attrs.keepdims or call.attrs.axis is None:
+            return call
+        stacked = self._bound(call.args[0])
+        if op_name(stacked) != "relax.stack" or int(stacked.attrs.axis or 0) != 0 or [int(a) for a in call.attrs.axis] != [0]:
+            return call
+        fields = self._bound(stacked.args[0])
+        if not isinstance(fields, relax.Tuple):
+            return call
+        shape = self.builder_.normalize(call).ty.shape
+        pair = getattr(relax.op, self._PAIRS[kind])
+        result = self._plain(fields[0])
+        for field in list(fields)[1:]:
+            result = self.builder_.emit(pair(result, self._plain(field)))
+        if kind == "mean":
+            result = self.builder_.emit(relax.op.divide(result, relax.const(len(fields), dtype_of(call.args[0]))))
+        same = [int(size) for size in result.ty.shape] == [int(size) for size in shape]
+        return result if same else relax.op.broadcast_to(result, shape)
+
+    def _bound(self, expression: Any) -> Any:
+        while isinstance(expression, relax.Var) and self.lookup_binding(expression) is not None:
+            expression = self.lookup_binding(expression)
+        return expression
+
+    def _plain(self, expression: Any) -> Any:
+        """An operand before it was broadcast."""
+        bound = self._bound(expression)
+        return bound.args[0] if op_name(bound) == "relax.broadcast_to" else expression
 
 
 def _bound(value: Any) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from modelforge.compilers.tvm import codegen, frontend
 from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.signature import Entry, Signature, Tensor, merge_shapes
+from modelforge.compilers.tvm.weights import Weights
 from modelforge.errors import BuildError, ModelForgeError, UnsupportedError
 from modelforge.graph.specialize import specialize
 
@@ -22,15 +23,15 @@ def compile_model(request: dict[str, Any]) -> dict[str, Any]:
     (the one that stands for the batch in them, or None), ``batches`` (an entry is made for each; ``[1]`` without a
     symbol) and ``machine`` (the fields of :class:`Machine`).
 
-    The answer holds ``objects`` (paths, in the order to link), ``signature`` (a text) and ``kernels`` (the fields of
-    :class:`~.scheduling.KernelReport`).
+    The answer holds ``objects`` (paths, in the order to link), ``weights`` (the path of the blob), ``signature`` (a
+    text) and ``kernels`` (the fields of :class:`~.scheduling.KernelReport`).
     """
     folder = Path(request["folder"])
     batches: list[int] = sorted(request["batches"])
     models = _fixed_models(Path(request["model"]), folder, request["symbol"], batches)
     module = _import(models)
-    signature = _signature(module, models, request, batches)
     machine = Machine(**{**request["machine"], "mattr": tuple(request["machine"]["mattr"])})
+    signature = _signature(module, models, request, batches)
     try:
         objects = codegen.build(module, machine, folder / "objects")
     except Exception as error:  # TVM raises many types, none of them promised; the trace goes to the log
@@ -38,7 +39,8 @@ def compile_model(request: dict[str, Any]) -> dict[str, Any]:
         raise BuildError(f"generating code failed: {type(error).__name__}: {_first_line(error)}") from error
     return {
         "objects": [str(path) for path in objects.files],
-        "signature": signature.text(),
+        "weights": str(objects.weights.blob),
+        "signature": _with_weights(signature, objects.weights, machine.cores).text(),
         "kernels": [asdict(kernel) for kernel in objects.kernels],
     }
 
@@ -90,6 +92,11 @@ def _signature(module: Any, models: Mapping[str, Path], request: Mapping[str, An
         outputs=tuple(described),
         entries=tuple(Entry(batch, function) for batch, function in zip(batches, models, strict=True)),
     )
+
+
+def _with_weights(signature: Signature, weights: Weights, threads: int) -> Signature:
+    entries = tuple(replace(entry, weights=weights.uses[entry.function]) for entry in signature.entries)
+    return replace(signature, entries=entries, weights=weights.table, weight_bytes=weights.size, threads=threads)
 
 
 def _first_line(error: Exception) -> str:

@@ -35,7 +35,7 @@ from tests.compilers.tvm.models import (
     value,
 )
 
-FILES = {"main.so", "run", "libtvm_ffi.so", "libtvm_runtime.so"}
+FILES = {"main.so", "run", "player.py", "libtvm_ffi.so", "libtvm_runtime.so"}
 
 
 def _reference(model: Path, arrays: Arrays) -> Arrays:
@@ -71,7 +71,9 @@ def test_a_variant_is_complete_and_its_record_is_neutral(built: Built) -> None:
     assert set(compiled.files) == FILES
     assert compiled.artifact == "main.so"
     assert compiled.report["entries"] == [1, 4, 8]
-    assert compiled.report["scheduled"] == compiled.report["kernels"] > 0
+    rules = {kernel["name"]: kernel["rule"] for kernel in compiled.report["kernels"]}
+    assert rules
+    assert "none" not in rules.values(), rules
     words = [word for command in compiled.commands for word in command]
     assert not any("/" in word for word in words), words
     assert "glibc" in compiled.requires
@@ -271,14 +273,14 @@ def test_what_the_importer_cannot_have_is_named_with_its_node(build: Build) -> N
 
 def test_a_node_that_fails_in_the_importer_is_found_in_its_frames(tmp_path: Path) -> None:
     """TVM's own message names neither the node nor the operator."""
-    api = pytest.importorskip("modelforge.compilers.tvm.api")
+    frontend = pytest.importorskip("modelforge.compilers.tvm.frontend")
     nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Pad", ["r", "pads"], ["y"], name="the padding")]
     inputs = [value("x", [1, 3]), value("pads", [4], onnx.TensorProto.INT64)]
     onnx.save(make_model(nodes, inputs, [value("y", [1, "n"])]), tmp_path / "model.onnx")
     with pytest.raises(Exception, match="pads") as caught:
-        api.import_entries({"main_b1": tmp_path / "model.onnx"})
+        frontend.import_entries({"main_b1": tmp_path / "model.onnx"})
     assert "the padding" not in str(caught.value)
-    assert api.failing_node(caught.value) == "node the padding (Pad)"
+    assert frontend.failing_node(caught.value) == "node the padding (Pad)"
 
 
 def test_a_time_limit_ends_the_compile(tmp_path: Path) -> None:

@@ -5,11 +5,32 @@ from __future__ import annotations
 from typing import Any, Final
 
 from modelforge.compilers.tvm.api import Mutator, is_constant, mutator, op_name, relax
-from modelforge.compilers.tvm.kernels import convolution, generic
+from modelforge.compilers.tvm.kernels import (
+    convolution,
+    convolution_int8,
+    depthwise,
+    elementwise,
+    generic,
+    matmul,
+    pooling,
+    rows,
+    transposed,
+)
 from modelforge.compilers.tvm.kernels.rule import Anchored, General
 from modelforge.compilers.tvm.machine import Machine
 
-_ANCHORED: Final[tuple[Anchored, ...]] = (convolution.Convolution(),)
+_ANCHORED: Final[tuple[Anchored, ...]] = (
+    depthwise.Depthwise(),
+    transposed.Transposed(),
+    pooling.Pool(),
+    pooling.ImagePool(),
+    convolution.Convolution(),
+    convolution_int8.ConvolutionInt8(),
+    matmul.Matmul(),
+    elementwise.Elementwise(),
+    rows.Rows(),
+    rows.RowReductions(),
+)
 GENERAL: Final[tuple[General, ...]] = (generic.Generic(),)
 """Asked in this order about kernels that no rule made, or whose own rule failed."""
 RULES: Final[dict[str, Anchored]] = {rule.name: rule for rule in _ANCHORED}

@@ -30,6 +30,7 @@ from modelforge.compilers.tvm.api import (
     shape_of,
     te,
     topi,
+    written_dtype,
 )
 from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.loops import neighbours, spread, unroll_tail, vectorize_copy
@@ -100,7 +101,7 @@ class Convolution:
         return convolve(window, constant_value(call.args[1]), call.args[0], builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, columns, vectors, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, columns, vectors, lanes, chunk = (int(value) for value in annotations(sch, anchor)[TILE])
         pads, after = neighbours(sch, anchor)
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
@@ -115,26 +116,61 @@ class Convolution:
             pixel, pixel_tile = sch.split(pixel, factors=[None, columns])
             outer, tile = [pixel], [pixel_tile]
         block, channel = sch.split(channel, factors=[None, vectors * lanes])
-        sch.reorder(block, *outer, *tile, channel)
+        outer = [*_chunked(sch, outer, chunk, block), *tile, channel]
+        sch.reorder(*outer)
+        outer = outer[: -len(tile) - 1]
         sch.set_scope(anchor, 0, "local")
         sch.compute_at(anchor, outer[-1], preserve_unit_loops=True)
         unroll_tail(sch, [*tile, channel], gcd(int(sch.get(out).iter_vars[-1].dom.extent), lanes))
-        spread(sch, [block, *outer], work, machine)
-        self._inner(sch, anchor, vectors, lanes)
+        spread(sch, outer, work, machine)
+        self._inner(sch, anchor, vectors, lanes, tiles.depth(machine, written_dtype(sch, anchor)))
         for pad in pads:
             vectorize_copy(sch, pad, machine)
         return f"{max(rows, 1) * columns}x{vectors * lanes}"
 
     @staticmethod
-    def _inner(sch: Any, anchor: Any, vectors: int, lanes: int) -> None:
-        """The sums of one tile: window and input channels outside, pixels and vectors inside."""
+    def _inner(sch: Any, anchor: Any, vectors: int, lanes: int, depth: int) -> None:
+        """The sums of one tile: window and input channels outside, pixels and vectors inside.
+
+        Where instructions multiply by one element of a register, ``depth`` input channels of each pixel are loaded at once.
+        """
         *tile, channel, row, column, inner = sch.get_loops(anchor)[1:]  # the first is shared with the threads
         vector, lane = sch.split(channel, factors=[vectors, lanes])
-        sch.reorder(row, column, inner, *tile, vector, lane)
+        steps: list[Any] = []
+        if depth > 1 and extent(sch, inner) % depth == 0:
+            inner, step = sch.split(inner, factors=[None, depth])
+            steps = [step]
+        sch.reorder(row, column, inner, *steps, *tile, vector, lane)
+        if steps:
+            loaded = sch.cache_read(anchor, 0, "local")
+            if len(tile) == 1:
+                _flatten_copy(sch, loaded)
+            sch.compute_at(loaded, inner, preserve_unit_loops=True)
+            unroll_tail(sch, sch.get_loops(loaded)[-1 - len(tile) :], depth)
         sch.vectorize(lane)
-        for loop in (*tile, vector):
+        for loop in (*steps, *tile, vector):
             sch.unroll(loop)
         sch.decompose_reduction(anchor, row)
+
+
+def _flatten_copy(sch: Any, block: Any) -> None:
+    """Count the pixels of a copied image in one axis."""
+    height, width = (int(sch.get(block).iter_vars[axis].dom.extent) for axis in (1, 2))
+    sch.transform_layout(block, ("write", 0), lambda n, y, x, c: ((n * height + y) * width + x, c))
+    sch.transform_block_layout(block, lambda n, y, x, c: ((n * height + y) * width + x, c))
+
+
+def _chunked(sch: Any, outer: list[Any], chunk: int, block: Any) -> list[Any]:
+    """The loops around a tile: all tiles of a chunk of rows (or pixels) for one block of channels, then the next block."""
+    if chunk == 0:
+        return [block, *outer]
+    *before, across = outer if len(outer) == 1 else outer[:-1]
+    within = outer[len(before) + 1 :]
+    if chunk >= extent(sch, across):
+        return [*before, block, across, *within]
+    even = max(size for size in range(1, chunk + 1) if extent(sch, across) % size == 0)
+    across, inner = sch.split(across, factors=[None, even if 2 * even >= chunk else chunk])  # an even cut needs no test
+    return [*before, across, block, inner, *within]
 
 
 def _flatten(sch: Any, anchor: Any, out: Any) -> None:
@@ -160,7 +196,7 @@ def convolve(window: Window, weight: np.ndarray[Any, Any], data: Any, builder: A
     top, left = window.padding[:2]
     bottom, right = window.padded_for(tall, wide)
     macs = window.data[0] * height * width * window.channels * depth * prod(kernel)
-    attrs = {RULE: Convolution.name, MACS: macs, TILE: [rows, columns, tile.vectors, tile.lanes]}
+    attrs = {RULE: Convolution.name, MACS: macs, TILE: [rows, columns, tile.vectors, tile.lanes, _chunk(window, rows, tile, weight, machine)]}
 
     def compute(data: Any, weight: Any) -> Any:
         if any((top, left, bottom, right)):
@@ -207,6 +243,20 @@ def _tile(window: Window, machine: Machine, dtype: str) -> tuple[int, tiles.Tile
     several = [(rows * width, _up(height, rows) / height) for rows in range(1, machine.registers // width + 1)]
     tile = tiles.choose([*several, *tiles.padded(width, machine)], window.channels, machine, dtype)
     return (tile.rows // width, tile) if tile.rows % width == 0 else (1, tile)
+
+
+def _chunk(window: Window, rows: int, tile: tiles.Tile, weight: np.ndarray[Any, Any], machine: Machine) -> int:
+    """How many steps of the outermost loop over pixels are done for one block of channels before the next block.
+
+    What a chunk reads and writes stays in half of the second-level cache while the blocks pass; all weights pass once per
+    chunk. 0 (one chunk) where the input fits there anyway, or where the weights do not: then each block is read once.
+    """
+    half = machine.l2 // 2
+    size = weight.dtype.itemsize
+    if prod(window.data) * size <= half or weight.nbytes > half:
+        return 0
+    pixels = tile.rows if not rows else rows * window.size[1]
+    return max(1, half // (pixels * (window.data[3] * prod(window.strides) + 2 * window.channels) * size))
 
 
 def _up(size: int, step: int) -> int:

@@ -15,13 +15,13 @@ PARALLEL_WORK: Final = 16384
 def neighbours(sch: Any, anchor: Any) -> tuple[list[Any], list[Any]]:
     """The blocks before and after the main one, after all that can be inlined has been: pads before, one block after.
 
-    What stands before is merged into its readers except padding, what stands after into the last.
+    What stands before is merged into its readers except padding and what reduces, what stands after into the last.
     """
     own = block_name(sch, anchor)
     names = [block_name(sch, block) for block in blocks(sch)]
     before, after = names[: names.index(own)], names[names.index(own) + 1 :]
     for name in before:
-        if "pad" not in name:
+        if "pad" not in name and not is_reduction(sch, sch.get_sblock(name)):
             sch.compute_inline(sch.get_sblock(name))
     for name in after[:-1]:
         sch.compute_inline(sch.get_sblock(name))
@@ -64,6 +64,14 @@ def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32
     spread(sch, outer, work, machine)
 
 
+def vectorize_last(sch: Any, block: Any, lanes: int) -> None:
+    """Vectors along the last axis of a block that stands inside the loops of another."""
+    last = sch.get_loops(block)[-1]
+    width = vector_width(extent(sch, last), lanes)
+    if width > 1:
+        sch.vectorize(sch.split(last, factors=[None, width])[1])
+
+
 def unroll_tail(sch: Any, loops: list[Any], lanes: int) -> None:
     """The loops of a register tile's results: the last one in vectors, the others unrolled."""
     *outer, last = loops
@@ -74,6 +82,12 @@ def unroll_tail(sch: Any, loops: list[Any], lanes: int) -> None:
         outer.append(rest)
     for loop in outer:
         sch.unroll(loop)
+
+
+def partition(sch: Any, loop: Any) -> None:
+    """Cut a loop in two where a predicate below it stops being always true: the first part, nearly all of it, then has
+    no predicate, and its vectors stay vectors. TVM's LoopPartition does it when code is generated."""
+    sch.annotate(loop, "pragma_loop_partition_hint", 1)
 
 
 def reductions(sch: Any) -> list[Any]:

@@ -30,32 +30,46 @@ class Tile:
         return f"{self.rows}x{self.columns}"
 
 
-def choose(rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str = "float32") -> Tile:
+def choose(
+    rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str = "float32", widest: int = _WIDEST
+) -> Tile:
     """The tile with the least cost per useful multiply-add.
 
     Args:
         rows: heights that the caller can have, each with the work that it does per useful row (1.0: no waste).
         columns: channels or columns wanted.
+        widest: vectors that a tile may have.
 
     The cost of a tile is the longest of what the pipes for sums take, what the loads take (one per row, one per
     vector; two a cycle, like sums), and the latency, times the waste.
     """
     lanes = _lanes(columns, machine.lanes(dtype))
     best: tuple[float, Tile] | None = None
+    deep = depth(machine, dtype)
+    lanewise = deep > 1
     for height, waste in rows:
-        for vectors in range(1, _WIDEST + 1):
+        for vectors in range(1, widest + 1):
             sums = height * vectors
-            if sums + vectors + 1 > machine.registers:
+            if sums + vectors + (height if lanewise else 1) > machine.registers:
                 continue
             width = vectors * lanes
             wide = -(-columns // width) * width / columns
-            steps = max(sums, height + vectors, _LATENCY) + 0.02 * (height + 4 * vectors)
+            loads = height / deep + vectors
+            steps = max(sums, loads, _LATENCY) + 0.02 * (height / deep + 4 * vectors)
+            if lanewise:  # every instruction takes its turn in a narrow front end
+                steps = max(steps, sums + height / deep + vectors / 2)
             cost = waste * wide * steps / sums
             if best is None or cost < best[0] - 1e-9:
                 best = (cost, Tile(height, vectors, lanes))
     if best is None:
         return Tile(1, 1, lanes)
     return best[1]
+
+
+def depth(machine: Machine, dtype: str) -> int:
+    """How many elements of a row one load brings, where instructions multiply by one element of a register (Arm: FMLA by
+    element); 1 where each is broadcast from memory for nothing (x86)."""
+    return machine.lanes(dtype) if machine.isa == "aarch64" else 1
 
 
 def divisors(count: int, machine: Machine) -> list[tuple[int, float]]:
