@@ -28,7 +28,9 @@ from tvm_models import MODELS, Model
 from modelforge.compilers.tvm import ARTIFACT
 from modelforge.target import Registry
 
-FEW, MANY = 1, 3
+FEW = 2
+ENOUGH = 600.0
+"""Millions of instructions that the two runs of a pair differ by, at least about: starting Python varies by one or two."""
 HERE = Path(__file__).parent
 ORT = """
 import sys
@@ -62,18 +64,20 @@ class Counter:
         return int(found[1])
 
     def variant(self, model: Model, folder: Path) -> float:
-        """Millions of instructions of one inference; the runner's first run, and its warm-up, are in both counts."""
+        """Millions of instructions of one inference; the runner's start, and its warm-up, are in both counts."""
         program = [str(folder / "files" / "run"), "-o", str(folder)]
         data = [str(folder / "files" / ARTIFACT), f"{model.input}={folder / 'x.npy'}"]
-        counts = [self.count(*program, "-r", str(rounds), *data) for rounds in (FEW, MANY)]
-        return (counts[1] - counts[0]) / (MANY - FEW) / 1e6
+        counts = [self.count(*program, "-r", str(rounds), *data) for rounds in (FEW, FEW + 2)]
+        return (counts[1] - counts[0]) / 2 / 1e6
 
-    def onnxruntime(self, model: Path, data: Path) -> float:
-        """The same of ONNX Runtime."""
+    def onnxruntime(self, model: Path, data: Path, expected: float) -> float:
+        """The same of ONNX Runtime; ``expected`` says how many inferences make a difference worth counting."""
         python = str(self.root / "usr" / "bin" / "python3.11")
         arguments = [python, "-c", ORT, str(self.site), str(model), str(data)]
-        counts = [self.count(*arguments, str(rounds)) for rounds in (1 + FEW, 1 + MANY)]
-        return (counts[1] - counts[0]) / (MANY - FEW) / 1e6
+        more = max(2, min(60, round(ENOUGH / expected)))
+        self.count(*arguments, "1")  # Python compiles what it imports once
+        counts = [self.count(*arguments, str(rounds)) for rounds in (FEW, FEW + more)]
+        return (counts[1] - counts[0]) / more / 1e6
 
 
 def main() -> None:
@@ -94,7 +98,7 @@ def main() -> None:
             source = model.fp32(work)
             built = compile_it(model, "fp32", target, work)
             ours = counter.variant(model, built["folder"])
-            theirs = counter.onnxruntime(source, built["folder"] / "x.npy")
+            theirs = counter.onnxruntime(source, built["folder"] / "x.npy", ours)
             ratios["fp32 / ONNX Runtime"].append(ours / theirs)
             line = f"  {model.name:12} fp32 {ours:9.1f}  ONNX Runtime {theirs:9.1f}  ratio {ours / theirs:.2f}"
             if "int8" in options.precisions and model.integer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # child processes import this for its plain values, and need no pydantic
     from modelforge.graph.facts import ModelFacts
@@ -104,6 +104,14 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What a tuning gives: the path of its database, and JSON facts for people."""
+
+    database: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunJob:
     """What a runner gets: the files of a variant, and inputs to run them on.
 
@@ -137,6 +145,25 @@ class Ran:
     evidence: str
     notes: tuple[str, ...] = ()
     latency: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Tuner(Protocol):
+    """A compiler whose code can be tuned by measuring: asked where the recipe has ``[target.tune]``.
+
+    The database goes to :meth:`Compiler.compile` as the option ``tuning``, a path; the other options do not.
+    """
+
+    def tuned_on(self, options: Options) -> str:
+        """On what it would measure, in words: part of the tuning step's content key. Cheap and pure."""
+
+    def tune(self, job: CompileJob) -> Tuned:
+        """Measure, or take what was measured before.
+
+        Raises:
+            BuildError: nothing could be measured; the variant can still be built untuned.
+            InputError: what the recipe gives cannot be used.
+        """
 
 
 class Compiler(Protocol):

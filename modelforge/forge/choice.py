@@ -100,7 +100,10 @@ def _built(section: TargetSection, target: Target, where: str) -> list[str]:
             where=where,
             fix="leave the target out, or mark it `required = false`; `modelforge targets` shows what is built",
         )
-    return [section.compiler] if section.compiler else built
+    if section.compiler:
+        return [section.compiler]
+    # Who is spoken to comes first: chosen after another, what the recipe says to it would be without effect.
+    return sorted(built, key=lambda name: get_compiler(name).section not in section.sections)
 
 
 def _check_sections(section: TargetSection, target: Target, built: list[str], where: str) -> None:

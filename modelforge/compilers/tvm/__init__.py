@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
-from modelforge.compilers.tvm import preflight, run, runtime
+from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain, Tuned
+from modelforge.compilers.tvm import preflight, run, runtime, tuner
 from modelforge.compilers.tvm.signature import FILE_NAME
 from modelforge.errors import BuildError, ToolchainMissing, UnsupportedError
 from modelforge.graph.facts import ModelFacts
@@ -35,7 +35,7 @@ class TvmCompiler:
 
     name: str = "tvm"
     title: str = "Apache TVM"
-    section = None
+    section: str | None = "tune"
     code_version: str = "2"
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
@@ -61,25 +61,25 @@ class TvmCompiler:
         dims: Mapping[str, Dim],
         options: Options = NO_OPTIONS,
     ) -> list[Refusal]:
-        del options  # it has none of its own
-        return preflight.refusals(facts, target, precision, inputs, dims)
+        return [*preflight.refusals(facts, target, precision, inputs, dims), *tuner.refusals(target, options)]
 
     def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
         del model, target, options  # its facts say all that is known
         return []
 
+    def tuned_on(self, options: Options) -> str:
+        return tuner.place(options)
+
+    def tune(self, job: CompileJob) -> Tuned:
+        rules = f"{self.code_version}, TVM {runtime.installed_pair()['apache-tvm']}"
+        return tuner.tune(job, _request(job, _architecture(job)), rules, Store())
+
     def compile(self, job: CompileJob) -> Compiled:
-        arch = job.target.arch
-        if not isinstance(arch, CpuArchitecture):
-            raise UnsupportedError(f"TVM compiles for CPUs here, {job.target.tag} is none")
-        request = {
-            "model": str(job.model),
-            "folder": str(job.workdir / "tvm"),
-            "inputs": {name: list(shape) for name, shape in job.inputs.items()},
-            "symbol": preflight.batch_symbol(job.inputs),
-            "batches": list(preflight.gears(job.dims, job.inputs)),
-            "machine": _machine(arch),
-        }
+        arch = _architecture(job)
+        request = _request(job, arch)
+        tuning = tuner.given(job.options)
+        if tuning is not None:
+            request["choices"] = tuning.choices
         answer = worker.call(
             "modelforge.compilers.tvm.worker:compile_model",
             request,
@@ -91,11 +91,11 @@ class TvmCompiler:
         device = runtime.device_files(arch.isa, Store(), job.workdir / "device")
         return Compiled(
             artifact=ARTIFACT,
-            files={ARTIFACT: library, **device.files},
+            files={ARTIFACT: library, **device.files, **tuner.files(job.options)},
             commands=(_compile_command(request), link_command, *device.commands),
             requires=_requires(arch),
             needs={"glibc": f">={linker.GLIBC}", "glibcxx": f">={GLIBCXX}"},
-            notes=_notes(job.precision),
+            notes=(*_notes(job.precision), *tuner.notes(tuning, answer["applied"])),
             report={
                 "signature": answer["signature"],
                 "kernels": answer["kernels"],
@@ -111,12 +111,28 @@ class TvmCompiler:
         return run.hint(target)
 
     def race(self, first: RunJob, second: RunJob) -> tuple[float, float] | None:
-        """Not timed in this version."""
-        del first, second
-        return None
+        return run.race(first, second)
 
     def run(self, job: RunJob) -> Ran:
         return run.run(job)
+
+
+def _architecture(job: CompileJob) -> CpuArchitecture:
+    if not isinstance(job.target.arch, CpuArchitecture):
+        raise UnsupportedError(f"TVM compiles for CPUs here, {job.target.tag} is none")
+    return job.target.arch
+
+
+def _request(job: CompileJob, arch: CpuArchitecture) -> dict[str, Any]:
+    """What the child process is asked."""
+    return {
+        "model": str(job.model),
+        "folder": str(job.workdir / "tvm"),
+        "inputs": {name: list(shape) for name, shape in job.inputs.items()},
+        "symbol": preflight.batch_symbol(job.inputs),
+        "batches": list(preflight.gears(job.dims, job.inputs)),
+        "machine": _machine(arch),
+    }
 
 
 def _warnings(pair: Mapping[str, str], linkers: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ Runs in the child process of :mod:`.worker`. TVM ships no types: its objects are
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import tvm
 from tvm import relax, te, tirx, topi
 from tvm.relax.frontend.onnx import from_onnx
 from tvm.s_tir import Schedule
-from tvm_ffi import structural_map
+from tvm_ffi import structural_hash, structural_map
 
 from modelforge.compilers.tvm.machine import Machine
 
@@ -62,6 +63,11 @@ def dtype_of(expression: Any) -> str:
 def numbers(values: Any) -> tuple[int, ...]:
     """Integers of an operator's attribute."""
     return tuple(int(value) for value in values)
+
+
+def attributes(call: Any) -> str:
+    """An operator's attributes, in one spelling; empty where it has none."""
+    return "" if call.attrs is None else " ".join(str(call.attrs).partition("(")[2].removesuffix(")").split())
 
 
 def is_constant(expression: Any) -> bool:
@@ -136,11 +142,6 @@ def register_intrinsic(name: str, meaning: str, body: str) -> None:
     TensorIntrin.register(name, *(from_source(text, extra_vars={"T": script}) for text in (meaning, body)), override=True)
 
 
-def index_map(rank: int, function: Callable[..., Any]) -> Any:
-    """New indices from ``rank`` old ones."""
-    return tirx.IndexMap.from_func(lambda *index: function(*index), ndim=rank)
-
-
 def extent(sch: Any, loop: Any) -> int:
     """How often a loop runs."""
     return int(sch.get(loop).extent)
@@ -174,13 +175,61 @@ def block_name(sch: Any, block: Any) -> str:
 
 def count_rows_as_one(sch: Any, block: Any) -> None:
     """Count all axes of a block but its last as one, in memory order."""
+    axes = len(sch.get_loops(block))
+    regroup(sch, block, [axes - 1, 1])
+
+
+def regroup(sch: Any, block: Any, counts: list[int]) -> None:
+    """Count so many axes of a block, in order, as one each: [2, 1] makes (a, b, c) into (a * B + b, c)."""
     sizes = [extent(sch, loop) for loop in sch.get_loops(block)]
 
-    def flat(*index: Any) -> tuple[Any, Any]:
-        row: Any = 0
-        for position, size in zip(index[:-1], sizes[:-1], strict=True):
-            row = row * size + position
-        return row, index[-1]
+    def grouped(*index: Any) -> tuple[Any, ...]:
+        rest, result = list(zip(index, sizes, strict=True)), []
+        for count in counts:
+            flat: Any = 0
+            for position, size in rest[:count]:
+                flat = flat * size + position
+            rest = rest[count:]
+            result.append(flat)
+        return tuple(result)
 
-    if len(sizes) != 2:
-        sch.transform_block_layout(block, tirx.IndexMap.from_func(flat, ndim=len(sizes)))
+    if any(count != 1 for count in counts):
+        dtype = str(sch.get(sch.get_loops(block)[0]).loop_var.ty.dtype)  # as :func:`narrowed` left it
+        sch.transform_block_layout(block, tirx.IndexMap.from_func(grouped, ndim=len(sizes), index_dtype=dtype))
+
+
+def narrowed(function: Any) -> Any:
+    """A kernel whose loops and indices count in 32 bits, as its code will: TVM narrows them later, but forgets the hints
+    of :func:`~.kernels.loops.partition` then. A kernel with 64-bit data may have to stay as it is."""
+    try:
+        module = tirx.transform.ForceNarrowIndexToInt32()(tvm.IRModule({"main": function}))
+    except Exception:  # InternalError: an index is data of 64 bits
+        return function
+    return module["main"]
+
+
+def connect(host: str, port: int, key: str) -> Any:
+    """A session on ``python -m tvm.exec.rpc_server``; its ``cpu()`` is a device."""
+    from tvm import rpc
+
+    return rpc.connect(host, port, key)
+
+
+def on_device(array: np.ndarray[Any, Any], device: Any) -> Any:
+    """A copy of an array on a device, of this process or a session's."""
+    return tvm.runtime.tensor(array, device)
+
+
+def same_structure(module: Any) -> int:
+    """Equal for two modules whose functions do the same; constants count by content."""
+    return int(structural_hash(module, map_free_vars=True))
+
+
+def parameters_of(graph: Any) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and types of a graph's parameters."""
+    return [(shape_of(parameter) or (), dtype_of(parameter)) for parameter in graph.params]
+
+
+def host_triple() -> str:
+    """LLVM's words for the machine that this process runs on: ``x86_64-linux-gnu``."""
+    return f"{platform.machine()}-linux-gnu"

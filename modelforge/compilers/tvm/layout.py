@@ -16,7 +16,6 @@ import numpy as np
 from modelforge.compilers.tvm.api import (
     Mutator,
     constant_value,
-    dtype_of,
     is_constant,
     mutator,
     numbers,
@@ -39,9 +38,7 @@ _ELEMENTWISE: Final = frozenset(
         "quantize dequantize"
     ).split()
 )
-_REDUCTIONS: Final = frozenset(
-    f"relax.{name}" for name in ("mean", "sum", "max", "min", "prod", "variance", "std")
-)
+_REDUCTIONS: Final = frozenset(f"relax.{name}" for name in ("mean", "sum", "max", "min", "prod", "variance", "std"))
 _POOLS: Final = frozenset(
     f"relax.nn.{name}" for name in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 )
@@ -49,8 +46,10 @@ _POOLS: Final = frozenset(
 
 _HANDLERS: Final[dict[str, str]] = {
     "relax.nn.conv2d": "_convolution",
+    "relax.nn.conv2d_transpose": "_transposed_convolution",
     "relax.concat": "_concat",
     "relax.split": "_split",
+    "relax.take": "_take",
     "relax.nn.softmax": "_softmax",
     "relax.nn.log_softmax": "_softmax",
     "relax.image.resize2d": "_resize",
@@ -187,6 +186,26 @@ class ChannelsLast(Mutator):  # type: ignore[misc]  # TVM ships no types
         )
         return self._with_twin(own, LAST)
 
+    def _transposed_convolution(self, call: Any) -> Any | None:
+        data, weight = call.args
+        attrs = call.attrs
+        if (attrs.data_layout, attrs.kernel_layout) != ("NCHW", "IOHW"):
+            return None
+        own = relax.op.nn.conv2d_transpose(
+            self._permuted(data, LAST),
+            weight,
+            strides=numbers(attrs.strides),
+            padding=numbers(attrs.padding),
+            output_padding=numbers(attrs.output_padding),
+            dilation=numbers(attrs.dilation),
+            groups=int(attrs.groups),
+            data_layout="NHWC",
+            kernel_layout="IOHW",
+            out_layout="NHWC",
+            out_dtype=attrs.out_dtype,
+        )
+        return self._with_twin(own, LAST)
+
     def _pool(self, call: Any) -> Any | None:
         if call.attrs.layout != "NCHW":
             return None
@@ -264,6 +283,14 @@ class ChannelsLast(Mutator):  # type: ignore[misc]  # TVM ships no types
         plain = self.builder_.emit(call)
         self._twins[plain] = Twin(own, twin.axes)
         return plain
+
+    def _take(self, call: Any) -> Any | None:
+        twin, indices = self._twin(call.args[0]), self._constant(call.args[1])
+        if twin is None or indices is None or indices.ndim != 1 or call.attrs.axis is None:
+            return None
+        axis = twin.axes.index(int(call.attrs.axis) % len(twin.axes))
+        own = relax.op.take(twin.value, relax.const(indices), axis=axis, mode=str(call.attrs.mode))
+        return self._with_twin(own, twin.axes)
 
     def _reduction(self, call: Any) -> Any | None:
         twin = self._twin(call.args[0])

@@ -18,14 +18,17 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
 __all__ = ["Model", "Tensor"]
+
+_Result = TypeVar("_Result")
 
 HEADER: Final = "modelforge-tvm 2"
 _LIBRARIES: Final = ("libtvm_ffi.so", "libtvm_runtime.so")
@@ -55,7 +58,7 @@ class Tensor:
 
 
 class Model:
-    """A variant, loaded. It may be shared by threads: one runs at a time.
+    """A variant, loaded. Any thread may call it; all models of a process take turns, on one pool of threads.
 
     Attributes:
         inputs: what :meth:`run` takes.
@@ -84,14 +87,13 @@ class Model:
         described = _read(text, path)
         if threads is not None:
             os.environ["TVM_NUM_THREADS"] = str(threads)
-        os.environ.setdefault("TVM_NUM_THREADS", str(min(described.threads, _usable_cores())))
+        _set_threads(described.threads)
         self.inputs, self.outputs = described.inputs, described.outputs
         self.batches = tuple(entry.batch for entry in described.entries) if _any_batched(self.inputs) else ()
         weights = _embedded(library, "weights_bin", path)
         if len(weights) != described.weight_bytes:
             raise RuntimeError(f"{path} holds {len(weights)} bytes of weights, its text says {described.weight_bytes}")
         self._library = library  # the weights lie in it
-        self._lock = threading.Lock()
         machine = self._runtime.load(path.resolve())
         tensors = [self._runtime.tensor(_view(weights, weight, path)) for weight in described.weights]
         functions = [self._runtime.member(machine, entry.function) for entry in described.entries]
@@ -127,14 +129,13 @@ class Model:
         counts = {len(array) for tensor, array in zip(self.inputs, arrays, strict=True) if tensor.batched}
         if len(counts) > 1:
             raise ValueError(f"the inputs differ in their number of samples: {', '.join(map(str, sorted(counts)))}")
-        with self._lock:
-            if not counts:
-                return self._named(self._run(self._entries[0], arrays))
-            return self._in_batches(arrays, counts.pop())
+        if 0 in counts:
+            raise ValueError("the inputs hold no sample")
+        if counts:
+            return self._runtime.apart(self._in_batches, arrays, counts.pop())
+        return self._named(self._runtime.apart(self._run, self._entries[0], arrays))
 
     def _in_batches(self, arrays: Sequence[np.ndarray[Any, Any]], samples: int) -> dict[str, np.ndarray[Any, Any]]:
-        if samples == 0:
-            raise ValueError("the inputs hold no sample")
         parts: list[list[np.ndarray[Any, Any]]] = []
         for begin in range(0, samples, self.batches[-1]):
             count = min(samples - begin, self.batches[-1])
@@ -274,8 +275,12 @@ def _view(weights: memoryview, weight: _Weight, path: Path) -> np.ndarray[Any, A
         raise RuntimeError(f"what {path} says of its weights is wrong: {error}") from error
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _set_threads(profile: int) -> None:
+    """TVM would run on cores that this process was kept from: its pinning knows nothing of the process's own."""
+    usable = len(os.sched_getaffinity(0))
+    os.environ.setdefault("TVM_NUM_THREADS", str(min(profile, usable)))
+    if usable < (os.cpu_count() or usable):
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
 # ---- arrays ----
@@ -373,6 +378,15 @@ class _Runtime:
         self.libraries = tuple(libraries)
         self._ffi = loaded[0]
         self._kept: dict[int, Any] = {}
+        self._thread = ThreadPoolExecutor(1, "modelforge-player")
+        self._process = os.getpid()
+
+    def apart(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call a function in the one thread that runs models: TVM gives each thread that calls it a pool of threads,
+        and never takes it back."""
+        if self._process != os.getpid():  # forked: the thread is the parent's
+            self._thread, self._process = ThreadPoolExecutor(1, "modelforge-player"), os.getpid()
+        return self._thread.submit(function, *arguments).result()
 
     def load(self, path: Path) -> _Any:
         """The virtual machine of a model library, ready."""

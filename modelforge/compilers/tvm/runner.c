@@ -13,7 +13,8 @@
  *
  * libtvm_ffi.so and libtvm_runtime.so are loaded from the folder that holds this program. TVM_NUM_THREADS sets the
  * number of threads, TVM_BIND_THREADS=0 leaves them to the kernel's scheduler; without the first, there are as many as
- * the target's profile has cores, or as this process may use if that is fewer. Ends with 0, with 1 after a failure,
+ * the target's profile has cores, or as this process may use if that is fewer; where it may not use all cores of the
+ * machine (taskset), threads are not pinned. Ends with 0, with 1 after a failure,
  * with 2 after a wrong command line.
  */
 #define _GNU_SOURCE
@@ -39,6 +40,7 @@ static const char USAGE[] =
     "  -o FOLDER     where the outputs go, as 0.npy, 1.npy ... (default: the current folder)\n"
     "  -b N          samples per run (default: the largest entry of the model)\n"
     "  -r ROUNDS     run the first batch that often again, and print its latency, the time to load and the peak memory\n"
+    "  -t SIZES      with -r: the same for these batch sizes, as 1,4,8: the first sample repeated\n"
     "  --describe    print the inputs, outputs and entries of the model\n";
 
 typedef struct {
@@ -282,12 +284,14 @@ static void parse_entry(Model *model, const char *line, TVMFFIObjectHandle machi
 
 /* Before the runtime looks: it reads the environment when it first starts threads. */
 static void set_threads(const char *line) {
-  cpu_set_t usable;
-  long threads = strtol(line, NULL, 10);
+  cpu_set_t set;
+  long threads = strtol(line, NULL, 10), usable = threads;
   char number[16];
-  if (sched_getaffinity(0, sizeof usable, &usable) == 0 && CPU_COUNT(&usable) < threads) threads = CPU_COUNT(&usable);
-  snprintf(number, sizeof number, "%ld", threads < 1 ? 1 : threads);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) usable = CPU_COUNT(&set);
+  snprintf(number, sizeof number, "%ld", usable < threads ? usable : threads < 1 ? 1 : threads);
   setenv("TVM_NUM_THREADS", number, 0);
+  /* Its pinning knows nothing of the cores that this process was given, and would leave them. */
+  if (usable < sysconf(_SC_NPROCESSORS_ONLN)) setenv("TVM_BIND_THREADS", "0", 0);
 }
 
 static Tensor *next_tensor(Tensor *tensors, int *count) {
@@ -494,9 +498,14 @@ static long long peak_memory(void) {
   return kilobytes * 1024;
 }
 
-static void measure(const Model *model, const Entry *entry, long rounds, double load, double first) {
-  double *times = malloc(sizeof *times * (size_t)rounds);
-  if (times == NULL) fail(1, "out of memory");
+static const Entry *entry_for(const Model *model, int64_t samples) {
+  for (int i = 0; i < model->entry_count; i++) /* they rise */
+    if (model->entries[i].batch >= samples) return &model->entries[i];
+  return &model->entries[model->entry_count - 1];
+}
+
+/* Rising times of `rounds` runs. */
+static void take_times(const Model *model, const Entry *entry, long rounds, double *times) {
   for (long i = 0; i < rounds; i++) {
     double begun = milliseconds();
     TVMFFIAny result = run_once(model, entry);
@@ -504,21 +513,38 @@ static void measure(const Model *model, const Entry *entry, long rounds, double 
     ffi.drop(result.v_obj);
   }
   qsort(times, (size_t)rounds, sizeof *times, rising);
+}
+
+static void repeat_first(Model *model, int64_t room) {
+  for (int i = 0; i < model->input_count; i++) {
+    Tensor *tensor = &model->inputs[i];
+    for (int64_t at = 1; tensor->batched && at < room; at++)
+      memcpy((char *)tensor->buffer + tensor->sample_bytes * (size_t)at, tensor->buffer, tensor->sample_bytes);
+  }
+}
+
+/* Prints one line of JSON. `sizes` is a list such as "1,4,8", or NULL. */
+static void measure(Model *model, const Entry *entry, long rounds, const char *sizes, double load, double first) {
+  double *times = malloc(sizeof *times * (size_t)rounds);
+  if (times == NULL) fail(1, "out of memory");
+  take_times(model, entry, rounds, times);
   TVMFFIAny threads = call(global_function("runtime.NumThreads"), NULL, 0, "counting threads");
   printf("{\"batch\": %lld, \"rounds\": %ld, \"threads\": %lld, \"min_ms\": %.4f, \"p50_ms\": %.4f, \"p90_ms\": %.4f, "
-         "\"p99_ms\": %.4f, \"load_ms\": %.4f, \"first_ms\": %.4f, \"peak_rss_bytes\": %lld}\n",
+         "\"p99_ms\": %.4f, \"load_ms\": %.4f, \"first_ms\": %.4f",
          (long long)entry->batch, rounds, (long long)threads.v_int64, times[0], times[rounds / 2], times[rounds * 9 / 10],
-         times[rounds * 99 / 100], load, first, peak_memory());
+         times[rounds * 99 / 100], load, first);
+  for (const char *at = sizes, *next = NULL; at != NULL && *at != '\0'; at = *next == ',' ? next + 1 : next) {
+    long size = strtol(at, (char **)&next, 10);
+    const Entry *own = entry_for(model, size);
+    repeat_first(model, own->batch);
+    take_times(model, own, rounds, times);
+    printf("%s\"%ld\": %.4f", at == sizes ? ", \"by_batch\": {" : ", ", size, times[rounds / 2]);
+  }
+  printf("%s, \"peak_rss_bytes\": %lld}\n", sizes == NULL ? "" : "}", peak_memory());
   free(times);
 }
 
-static const Entry *entry_for(const Model *model, int64_t samples) {
-  for (int i = 0; i < model->entry_count; i++) /* they rise */
-    if (model->entries[i].batch >= samples) return &model->entries[i];
-  return &model->entries[model->entry_count - 1];
-}
-
-static void run_all(Model *model, int64_t samples, int64_t batch, long rounds, double load) {
+static void run_all(Model *model, int64_t samples, int64_t batch, long rounds, const char *sizes, double load) {
   for (int64_t done = 0; done < samples;) {
     int64_t now = samples - done < batch ? samples - done : batch;
     const Entry *entry = entry_for(model, now);
@@ -528,7 +554,7 @@ static void run_all(Model *model, int64_t samples, int64_t batch, long rounds, d
     double first = milliseconds() - begun;
     write_outputs(model, result, entry, now);
     ffi.drop(result.v_obj);
-    if (done == 0 && rounds > 0) measure(model, entry, rounds, load, first);
+    if (done == 0 && rounds > 0) measure(model, entry, rounds, sizes, load, first);
     done += now;
   }
   for (int i = 0; i < model->output_count; i++)
@@ -574,10 +600,18 @@ static long positive(const char *option, const char *value) {
   return number;
 }
 
+static void check_sizes(const char *sizes, int64_t largest) {
+  for (const char *at = sizes, *next = NULL; at != NULL; at = *next == ',' ? next + 1 : NULL) {
+    long size = strtol(at, (char **)&next, 10);
+    if (next == at || size < 1 || size > largest || (*next != ',' && *next != '\0'))
+      fail(2, "-t takes batch sizes from 1 to %lld, as 1,4,8", (long long)largest);
+  }
+}
+
 int main(int argc, char **argv) {
   static Model model;
   double begun = milliseconds();
-  const char *folder = ".";
+  const char *folder = ".", *sizes = NULL;
   int64_t batch = 0;
   long rounds = 0;
   int describe = 0, one_by_one = 0, at = 1;
@@ -590,6 +624,7 @@ int main(int argc, char **argv) {
     if (strcmp(option, "-o") == 0 && value != NULL) folder = value;
     else if (strcmp(option, "-b") == 0) batch = positive(option, value);
     else if (strcmp(option, "-r") == 0) rounds = positive(option, value);
+    else if (strcmp(option, "-t") == 0 && value != NULL) sizes = value;
     else {
       fputs(USAGE, stderr);
       return 2;
@@ -614,10 +649,11 @@ int main(int argc, char **argv) {
   int64_t largest = model.entries[model.entry_count - 1].batch;
   int64_t samples = open_inputs(&model, largest, &one_by_one);
   if (batch > largest) fail(2, "-b %lld: the largest entry of the model takes %lld", (long long)batch, (long long)largest);
+  check_sizes(sizes, largest);
   if (batch == 0) batch = largest;
   if (one_by_one) batch = 1; /* an input without a batch: each sample may have another value there */
   for (int i = 0; i < model.output_count; i++) open_output(&model.outputs[i], i, folder, samples);
-  run_all(&model, samples, batch, rounds, load);
+  run_all(&model, samples, batch, rounds, sizes, load);
   fflush(NULL);
   _exit(0); /* no teardown: the runtime's threads and the pool are the kernel's to clean up */
 }

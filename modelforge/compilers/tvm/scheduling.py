@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from modelforge.compilers.tvm.api import Schedule, annotations, blocks, kernels
+from modelforge.compilers.tvm.api import Schedule, annotations, blocks, kernels, narrowed
 from modelforge.compilers.tvm.kernels import GENERAL, RULES
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, Anchored, General
 from modelforge.compilers.tvm.machine import Machine
@@ -33,6 +33,7 @@ def schedule_all(module: Any, machine: Machine) -> tuple[Any, list[KernelReport]
 
 def schedule_one(name: str, function: Any, machine: Machine) -> tuple[Any, KernelReport]:
     """Schedule one kernel."""
+    function = narrowed(function)
     refusals: list[str] = []
     macs = 0
     for rule in _candidates(function):

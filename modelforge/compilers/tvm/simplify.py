@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,24 +17,47 @@ class FoldPlain(Mutator):  # type: ignore[misc]  # TVM ships no types
     for each of them (60 ms), and there are hundreds."""
 
     _VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+    _NUMPY: Final[dict[str, Callable[..., Any]]] = {
+        "relax.add": np.add,
+        "relax.subtract": np.subtract,
+        "relax.multiply": np.multiply,
+        "relax.divide": np.divide,
+        "relax.sqrt": np.sqrt,
+        "relax.less": np.less,
+        "relax.greater": np.greater,
+        "relax.equal": np.equal,
+    }
+    """What exporters compute shapes and positions with, and batch normalisations their factors."""
 
     def visit_call_(self, call: Any) -> Any:
         call = self.visit_expr_post_order(call)
         name = getattr(call.op, "name", "")
+        if name == "relax.shape_to_tensor" and (sizes := self._sizes(call.args[0])) is not None:
+            return _folded(np.array(sizes, np.int64))
         values = [self._constant(argument) for argument in call.args]
         if not values or values[0] is None:
             return call
         if name in self._VIEWS:
             shape = self.builder_.normalize(call).ty.shape
-            return relax.const(values[0].reshape([int(size) for size in shape]))
+            return _folded(values[0].reshape([int(size) for size in shape]))
         if name == "relax.permute_dims":
             axes = call.attrs.axes and [int(axis) for axis in call.attrs.axes]
-            return relax.const(np.ascontiguousarray(values[0].transpose(axes)))
+            return _folded(np.ascontiguousarray(values[0].transpose(axes)))
         if name == "relax.isnan":
-            return relax.const(np.isnan(values[0]))
+            return _folded(np.isnan(values[0]))
         if name == "relax.where" and all(value is not None for value in values):
-            return relax.const(np.where(*values))
+            return _folded(np.where(*values))
+        if name == "relax.take" and values[1] is not None and call.attrs.axis is not None:
+            return _folded(np.asarray(np.take(values[0], values[1], int(call.attrs.axis), mode="wrap")))
+        if name in self._NUMPY and all(value is not None and value.size <= 1 << 16 for value in values):
+            return _folded(np.asarray(self._NUMPY[name](*values), dtype_of(self.builder_.normalize(call))))
         return call
+
+    @staticmethod
+    def _sizes(shape: Any) -> list[int] | None:
+        values = getattr(shape.ty, "values", None)
+        known = values is not None and all(hasattr(size, "value") for size in values)
+        return [int(size) for size in values] if known else None
 
     def _constant(self, expression: Any) -> Any:
         if isinstance(expression, relax.Var):
@@ -101,7 +125,11 @@ class Pairwise(Mutator):  # type: ignore[misc]  # TVM ships no types
         if kind not in self._PAIRS or call.attrs.keepdims or call.attrs.axis is None:
             return call
         stacked = self._bound(call.args[0])
-        if op_name(stacked) != "relax.stack" or int(stacked.attrs.axis or 0) != 0 or [int(a) for a in call.attrs.axis] != [0]:
+        if (
+            op_name(stacked) != "relax.stack"
+            or int(stacked.attrs.axis or 0) != 0
+            or [int(a) for a in call.attrs.axis] != [0]
+        ):
             return call
         fields = self._bound(stacked.args[0])
         if not isinstance(fields, relax.Tuple):
@@ -132,3 +160,8 @@ def _bound(value: Any) -> float:
     while hasattr(value, "value"):
         value = value.value
     return float(value)
+
+
+def _folded(array: np.ndarray[Any, Any]) -> Any:
+    """A constant of the array's own type: left to itself, TVM makes 32-bit integers of 64-bit ones."""
+    return relax.const(array, str(array.dtype))

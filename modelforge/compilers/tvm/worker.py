@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from modelforge.compilers.tvm import codegen, frontend
+from modelforge.compilers.tvm import choices, codegen, frontend
 from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.signature import Entry, Signature, Tensor, merge_shapes
 from modelforge.compilers.tvm.weights import Weights
@@ -23,17 +23,16 @@ def compile_model(request: dict[str, Any]) -> dict[str, Any]:
     (the one that stands for the batch in them, or None), ``batches`` (an entry is made for each; ``[1]`` without a
     symbol) and ``machine`` (the fields of :class:`Machine`).
 
+    It may hold ``choices``, label by key (:mod:`.choices`); the answer tells under ``applied`` which keys were found.
     The answer holds ``objects`` (paths, in the order to link), ``weights`` (the path of the blob), ``signature`` (a
     text) and ``kernels`` (the fields of :class:`~.scheduling.KernelReport`).
     """
     folder = Path(request["folder"])
-    batches: list[int] = sorted(request["batches"])
-    models = _fixed_models(Path(request["model"]), folder, request["symbol"], batches)
-    module = _import(models)
-    machine = Machine(**{**request["machine"], "mattr": tuple(request["machine"]["mattr"])})
-    signature = _signature(module, models, request, batches)
+    module, models, machine = imported(request)
+    signature = _signature(module, models, request, sorted(request["batches"]))
     try:
-        objects = codegen.build(module, machine, folder / "objects")
+        with choices.session(request.get("choices")) as said:
+            objects = codegen.build(module, machine, folder / "objects")
     except Exception as error:  # TVM raises many types, none of them promised; the trace goes to the log
         traceback.print_exc()
         raise BuildError(f"generating code failed: {type(error).__name__}: {_first_line(error)}") from error
@@ -42,7 +41,17 @@ def compile_model(request: dict[str, Any]) -> dict[str, Any]:
         "weights": str(objects.weights.blob),
         "signature": _with_weights(signature, objects.weights, machine.cores).text(),
         "kernels": [asdict(kernel) for kernel in objects.kernels],
+        "applied": sorted(said.applied),
     }
+
+
+def imported(request: Mapping[str, Any]) -> tuple[Any, dict[str, Path], Machine]:
+    """The module that a request of :func:`compile_model` asks for, the model of each of its graphs, and the machine."""
+    models = _fixed_models(
+        Path(request["model"]), Path(request["folder"]), request["symbol"], sorted(request["batches"])
+    )
+    machine = Machine(**{**request["machine"], "mattr": tuple(request["machine"]["mattr"])})
+    return _import(models), models, machine
 
 
 def _fixed_models(model: Path, folder: Path, symbol: str | None, batches: list[int]) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from modelforge.compilers.tvm.api import (
     extent,
     is_constant,
     numbers,
+    op_name,
     relax,
     shape_of,
     te,
@@ -33,9 +34,13 @@ from modelforge.compilers.tvm.api import (
     written_dtype,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.loops import neighbours, spread, unroll_tail, vectorize_copy
+from modelforge.compilers.tvm.kernels.loops import neighbours, partition, spread, unroll_tail, vectorize_copy
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.machine import Machine
+
+
+_PLANES: Final = 4
+"""Up to so many input channels are read plane by plane: an image's colours lie so when it comes in."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,14 @@ class Convolution:
         window = window_of(call)
         if window is None or int(call.attrs.groups) != 1 or dtype_of(call.args[0]) not in ("float32", "float16"):
             return None
-        return convolve(window, constant_value(call.args[1]), call.args[0], builder, machine)
+        data = call.args[0]
+        planes = _planes(data, builder) if window.data[3] <= _PLANES else None
+        weight = constant_value(call.args[1])
+        return convolve(window, weight, data if planes is None else planes, builder, machine, planar=planes is not None)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, lanes, chunk = (int(value) for value in annotations(sch, anchor)[TILE])
-        pads, after = neighbours(sch, anchor)
+        pads, after = neighbours(sch, anchor, machine)
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         if rows:  # a tile of rows by columns of the image
@@ -125,7 +133,7 @@ class Convolution:
         spread(sch, outer, work, machine)
         self._inner(sch, anchor, vectors, lanes, tiles.depth(machine, written_dtype(sch, anchor)))
         for pad in pads:
-            vectorize_copy(sch, pad, machine)
+            _schedule_pad(sch, pad, machine)
         return f"{max(rows, 1) * columns}x{vectors * lanes}"
 
     @staticmethod
@@ -160,6 +168,27 @@ def _flatten_copy(sch: Any, block: Any) -> None:
     sch.transform_block_layout(block, lambda n, y, x, c: ((n * height + y) * width + x, c))
 
 
+def _schedule_pad(sch: Any, pad: Any, machine: Machine) -> None:
+    """Vectors over channels, or over what lies between the borders of each row of a plane."""
+    *outer, last = sch.get_loops(pad)
+    if extent(sch, last) % machine.lanes() == 0 or extent(sch, last) < 4 * machine.lanes():
+        vectorize_copy(sch, pad, machine)
+        return
+    work = prod(extent(sch, loop) for loop in (*outer, last))
+    last, vector = sch.split(last, factors=[None, machine.lanes()])
+    sch.vectorize(vector)
+    partition(sch, last)
+    spread(sch, outer, work, machine)
+
+
+def _planes(data: Any, builder: Any) -> Any | None:
+    """The NCHW tensor that ``data`` is a turned copy of: few channels are read plane by plane without turning them."""
+    bound = builder.lookup_binding(data) if isinstance(data, relax.Var) else None
+    if bound is None or op_name(bound) != "relax.permute_dims" or bound.attrs.axes is None:
+        return None
+    return bound.args[0] if numbers(bound.attrs.axes) == (0, 2, 3, 1) else None
+
+
 def _chunked(sch: Any, outer: list[Any], chunk: int, block: Any) -> list[Any]:
     """The loops around a tile: all tiles of a chunk of rows (or pixels) for one block of channels, then the next block."""
     if chunk == 0:
@@ -183,8 +212,10 @@ def _flatten(sch: Any, anchor: Any, out: Any) -> None:
     sch.transform_block_layout(out, lambda n, y, x, c: ((n * height + y) * width + x, c))
 
 
-def convolve(window: Window, weight: np.ndarray[Any, Any], data: Any, builder: Any, machine: Machine) -> Any:
-    """Emit the convolution of ``data`` (NHWC) with ``weight`` (OHWI)."""
+def convolve(
+    window: Window, weight: np.ndarray[Any, Any], data: Any, builder: Any, machine: Machine, planar: bool = False
+) -> Any:
+    """Emit the convolution of ``data`` (NHWC, or NCHW where ``planar``) with ``weight`` (OHWI)."""
     dtype = str(weight.dtype)
     rows, tile = _tile(window, machine, dtype)
     packed = relax.const(pack(weight, tile.columns))
@@ -198,15 +229,19 @@ def convolve(window: Window, weight: np.ndarray[Any, Any], data: Any, builder: A
     macs = window.data[0] * height * width * window.channels * depth * prod(kernel)
     attrs = {RULE: Convolution.name, MACS: macs, TILE: [rows, columns, tile.vectors, tile.lanes, _chunk(window, rows, tile, weight, machine)]}
 
+    def at(data: Any, n: Any, y: Any, x: Any, c: Any) -> Any:
+        return data[n, c, y, x] if planar else data[n, y, x, c]
+
     def compute(data: Any, weight: Any) -> Any:
         if any((top, left, bottom, right)):
-            data = topi.nn.pad(data, [0, top, left, 0], [0, bottom, right, 0], name="pad_input")
+            before, behind = ([0, 0, top, left], [0, 0, bottom, right]) if planar else ([0, top, left, 0], [0, bottom, right, 0])
+            data = topi.nn.pad(data, before, behind, name="pad_input")
         ry, rx, rc = (te.reduce_axis((0, size), name) for size, name in zip((*kernel, depth), ("ry", "rx", "rc"), strict=True))
         width_of = tile.columns
         full = te.compute(
             (window.data[0], tall, wide, int(blocks) * width_of),
             lambda n, y, x, c: te.sum(
-                data[n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], rc]
+                at(data, n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], rc)
                 * weight[c // width_of, ry, rx, rc, c % width_of],
                 axis=[ry, rx, rc],
             ),

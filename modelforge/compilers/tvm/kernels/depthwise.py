@@ -47,11 +47,11 @@ class Depthwise:
             return None
         if dtype_of(call.args[0]) not in ("float32", "float16"):
             return None
-        return _convolve(window, constant_value(call.args[1]), call.args[0], builder, machine)
+        return convolve(window, constant_value(call.args[1]), call.args[0], builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
-        pads, after = neighbours(sch, anchor)
+        pads, after = neighbours(sch, anchor, machine)
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         batch, y, x, channel = sch.get_loops(out)
@@ -86,11 +86,24 @@ class Depthwise:
         sch.decompose_reduction(anchor, row)
 
 
-def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Any, builder: Any, machine: Machine) -> Any:
-    """Emit the convolution of ``data`` (NHWC) with ``weight`` (OHW1)."""
+def convolve(
+    window: Window,
+    weight: np.ndarray[Any, Any],
+    data: Any,
+    builder: Any,
+    machine: Machine,
+    rule: str = "depthwise",
+    zero: int | None = None,
+) -> Any:
+    """Emit the convolution of ``data`` (NHWC) with ``weight`` (OHW1).
+
+    With a ``zero`` point, ``data`` is quantized, and ``data - zero`` is widened to the type of ``weight`` as it is padded;
+    int16 is summed in int32.
+    """
     batch, _, _, groups = window.data
     times = window.channels // groups
-    tile = _tile(window, machine, str(weight.dtype))
+    dtype = "int32" if weight.dtype == np.int16 else str(weight.dtype)
+    tile = _tile(window, machine, dtype)
     width = tile.vectors * tile.lanes
     full = -(-window.channels // width) * width
     kernel, strides, dilation = window.kernel, window.strides, window.dilation
@@ -101,16 +114,17 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Any, builder: 
     packed = np.zeros((*kernel, full), weight.dtype)
     packed[:, :, : window.channels] = np.moveaxis(weight[..., 0], 0, -1)
     macs = batch * prod(window.size) * window.channels * prod(kernel)
-    attrs = {RULE: Depthwise.name, MACS: macs, TILE: [tile.rows, tile.columns, tile.vectors, tile.lanes]}
+    attrs = {RULE: rule, MACS: macs, TILE: [tile.rows, tile.columns, tile.vectors, tile.lanes]}
 
     def compute(data: Any, weight: Any) -> Any:
-        if any((top, left, bottom, right)) or times > 1 or full != window.channels:
-            data = _padded(data, (top, left, bottom, right), times, full)
+        if any((top, left, bottom, right)) or times > 1 or full != window.channels or zero is not None:
+            data = _padded(data, (top, left, bottom, right), times, full, str(weight.dtype), zero)
         ry, rx = (te.reduce_axis((0, size), name) for size, name in zip(kernel, ("ry", "rx"), strict=True))
         sums = te.compute(
             (batch, tall, wide, full),
             lambda n, y, x, c: te.sum(
-                data[n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], c] * weight[ry, rx, c],
+                data[n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], c].astype(dtype)
+                * weight[ry, rx, c].astype(dtype),
                 axis=[ry, rx],
             ),
             name="depthwise",
@@ -122,8 +136,10 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Any, builder: 
     return emit_kernel(builder, compute, data, relax.const(packed), name="depthwise", pattern=OUT_FUSIBLE)
 
 
-def _padded(data: Any, padding: tuple[int, int, int, int], times: int, channels: int) -> Any:
-    """``data`` with zeros around it, every channel repeated ``times`` times, and zero channels up to ``channels``."""
+def _padded(
+    data: Any, padding: tuple[int, int, int, int], times: int, channels: int, dtype: str, zero: int | None
+) -> Any:
+    """``data`` (less its ``zero`` point) with zeros around it, every channel repeated ``times`` times, and zero channels up to ``channels``."""
     batch, height, width, depth = (int(size) for size in data.shape)
     top, left, bottom, right = padding
 
@@ -132,7 +148,8 @@ def _padded(data: Any, padding: tuple[int, int, int, int], times: int, channels:
         inside += [high for high, pad in ((y < top + height, bottom), (x < left + width, right)) if pad]
         inside += [c < depth * times] if channels > depth * times else []
         value = data[n, y - top, x - left, c // times]
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, data.dtype)) if inside else value
+        value = value if zero is None else value.astype(dtype) - tirx.const(zero, dtype)
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, dtype)) if inside else value
 
     return te.compute((batch, top + height + bottom, left + width + right, channels), element, name="pad_input")
 
@@ -171,7 +188,9 @@ def _tile(window: Window, machine: Machine, dtype: str) -> _Tile:
 def _rows(window: Window, columns: int, channels: int, machine: Machine, dtype: str) -> int:
     """Rows of output whose padded input takes half of the first-level cache, with little waste in the last block."""
     height, width = window.size
-    across = ((-(-width // columns) * columns) - 1) * window.strides[1] + window.dilation[1] * (window.kernel[1] - 1) + 1
+    across = (
+        ((-(-width // columns) * columns) - 1) * window.strides[1] + window.dilation[1] * (window.kernel[1] - 1) + 1
+    )
     row = across * channels * np.dtype(dtype).itemsize
     span = window.dilation[0] * (window.kernel[0] - 1) + 1
     most = max(4, (machine.l1d // 2 // row - span) // window.strides[0] + 1)

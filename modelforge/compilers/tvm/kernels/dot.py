@@ -5,14 +5,16 @@ One row of a table a machine. TVM's own intrinsics are not imported: that parses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from typing import Any, Final
 
 import numpy as np
 
-from modelforge.compilers.tvm.api import register_intrinsic, relax
+from modelforge.compilers.tvm.api import REDUCTION, extent, register_intrinsic, relax, te
+from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, partition, spread, vectorize_copy
 from modelforge.compilers.tvm.machine import Machine
 
 
@@ -51,6 +53,11 @@ class Dot:
     def of_activations(self, inner: Sequence[Any]) -> Any:
         """Which activation of a step."""
         return inner[0] * self.group + inner[1] if len(self.axes) == 2 else inner[0]
+
+    @property
+    def widest(self) -> int:
+        """Vectors of sums in a tile: the weights of a whole step stay in registers beside them while rows pass."""
+        return 4 if self.steps == 1 else max(1, 8 // (self.steps * self.registers))
 
     def seen_by_tiles(self, machine: Machine) -> Machine:
         """The machine with vectors that hold the sums of one step."""
@@ -95,9 +102,63 @@ def pack(weight: np.ndarray[Any, Any], dot: Dot, columns: int) -> Any:
     return relax.const(np.ascontiguousarray(packed.squeeze(ones)))
 
 
-def tensorize(sch: Any, lane: Any, dot: Dot) -> None:
-    """Put the step in the place of the loops from ``lane`` inwards: lanes, steps, group."""
+def finished(shape: tuple[int, ...], sums: Callable[..., Any], *correction: Any) -> Any:
+    """The sums that are wanted, less what the zero point of the activations adds to each channel."""
+    return te.compute(shape, lambda *i: sums(*i) - correction[0][i[-1]] if correction else sums(*i), name="finished")
+
+
+def store_products(
+    sch: Any,
+    anchor: Any,
+    out: Any,
+    outer: list[Any],
+    tile: list[Any],
+    block: Any,
+    column: Any,
+    vectors: int,
+    dot: Dot,
+    pads: list[Any],
+    machine: Machine,
+) -> None:
+    """Schedule sums from the loops of their result: ``outer`` ones (``block`` among them) around ``tile`` and ``column``.
+
+    The sums of a tile stay in registers; columns that do not fill a vector are stored in a copy of the loop.
+    """
+    work = prod(extent(sch, loop) for loop in sch.get_loops(anchor)) // dot.depth
+    channels = int(sch.get(out).iter_vars[-1].dom.extent)
+    sch.reorder(*outer, *tile, column)
+    sch.compute_at(anchor, outer[-1], preserve_unit_loops=True)
+    whole, blocks = channels % dot.lanes == 0, extent(sch, block)
+    vector, lane = sch.split(column, factors=[vectors, dot.lanes])
+    sch.vectorize(lane)
+    for loop in (*tile, vector):
+        sch.unroll(loop)
+    if not whole:
+        partition(sch, block if blocks > 1 else vector)
+    if work >= PARALLEL_WORK and machine.cores > 1:
+        if whole:
+            spread(sch, outer, work, machine)
+        else:
+            sch.parallel(max(outer, key=lambda loop: extent(sch, loop)) if outer[0] == block else outer[0])
+    _fill(sch, anchor, len(tile), vectors, dot)
+    for pad in pads:
+        vectorize_copy(sch, pad, machine, dot.operand)
+
+
+def _fill(sch: Any, anchor: Any, tile_axes: int, vectors: int, dot: Dot) -> None:
+    """The sums of one tile: window and input channels outside, pixels and vectors inside, then the step."""
+    loops = sch.get_loops(anchor)
+    reduced = sum(int(var.iter_type) == REDUCTION for var in sch.get(anchor).iter_vars)
+    *tile, column = loops[-reduced - tile_axes - 1 : -reduced]
+    reduction, steps = loops[-reduced : -len(dot.axes)], loops[-len(dot.axes) :]
+    vector, lane = sch.split(column, factors=[vectors, dot.lanes])
+    sch.reorder(*reduction, *tile, vector, lane, *steps)
+    for loop in (*tile, vector):
+        sch.unroll(loop)
+    init = sch.decompose_reduction(anchor, reduction[0])
+    sch.vectorize(sch.get_loops(init)[-1])
     sch.tensorize(sch.blockize(lane), _registered(dot))
+    sch.set_scope(init, 0, "local")
 
 
 @cache
@@ -197,16 +258,9 @@ _SDOT: Final = """\
             dtype="int32x4")
 """
 _SMLAL: Final = """\
-        C[T.ramp(T.int32(0), 1, 4)] = C.vload([0], dtype="int32x4") + T.call_llvm_pure_intrin(
-            T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.smull.v4i32"),
-            T.vectorlow(T.cast(B.vload([{start}], dtype="int8x8"), "int16x8"), dtype="int16x4"),
-            T.broadcast(T.Shuffle([a], [{step}]), 4),
-            dtype="int32x4")
-        C[T.ramp(T.int32(4), 1, 4)] = C.vload([4], dtype="int32x4") + T.call_llvm_pure_intrin(
-            T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.smull.v4i32"),
-            T.vectorhigh(T.cast(B.vload([{start}], dtype="int8x8"), "int16x8"), dtype="int16x4"),
-            T.broadcast(T.Shuffle([a], [{step}]), 4),
-            dtype="int32x4")
+        C[T.ramp(T.int32(0), 1, 8)] = C.vload([0], dtype="int32x8") + T.cast(
+            B.vload([{start}], dtype="int8x8"), "int32x8"
+        ) * T.broadcast(T.cast(T.Shuffle([a], [{step}]), "int32"), 8)
 """
 _INSTRUCTIONS: Final[dict[tuple[str, int], str]] = {
     ("vnni", 16): "llvm.x86.avx512.vpdpbusd.512",

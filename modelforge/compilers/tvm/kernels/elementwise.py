@@ -77,4 +77,8 @@ def _power(call: Any) -> Callable[[Any], Any] | None:
     if exponent.size != 1 or exponent.ndim > len(call.args[0].ty.shape):
         return None
     value = float(exponent.reshape(()))
-    return (lambda x: mathematics.power(x, value)) if mathematics.power(mathematics.number(2.0), value) is not None else None
+    return (
+        (lambda x: mathematics.power(x, value))
+        if mathematics.power(mathematics.number(2.0), value) is not None
+        else None
+    )

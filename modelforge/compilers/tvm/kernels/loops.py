@@ -5,17 +5,19 @@ from __future__ import annotations
 from math import gcd, prod
 from typing import Any, Final
 
-from modelforge.compilers.tvm.api import block_name, blocks, extent, is_reduction
+from modelforge.compilers.tvm.api import DATA_PARALLEL, block_name, blocks, extent, is_reduction, written_dtype
 from modelforge.compilers.tvm.machine import Machine
 
 PARALLEL_WORK: Final = 16384
 """Scalar steps below which waking the threads costs more than it gives."""
 
 
-def neighbours(sch: Any, anchor: Any) -> tuple[list[Any], list[Any]]:
+def neighbours(sch: Any, anchor: Any, machine: Machine) -> tuple[list[Any], list[Any]]:
     """The blocks before and after the main one, after all that can be inlined has been: pads before, one block after.
 
-    What stands before is merged into its readers except padding and what reduces, what stands after into the last.
+    What stands before is merged into its readers except padding and what reduces, what stands after into the last. Where
+    a result is broadcast (the factors of a squeeze-and-excitation over an image), the larger part is a loop of its own,
+    scheduled here: the rule shall not compute its sums again for every pixel.
     """
     own = block_name(sch, anchor)
     names = [block_name(sch, block) for block in blocks(sch)]
@@ -23,11 +25,22 @@ def neighbours(sch: Any, anchor: Any) -> tuple[list[Any], list[Any]]:
     for name in before:
         if "pad" not in name and not is_reduction(sch, sch.get_sblock(name)):
             sch.compute_inline(sch.get_sblock(name))
-    for name in after[:-1]:
+    sizes = [spatial_size(sch, sch.get_sblock(name)) for name in after]
+    widest = spatial_size(sch, anchor)
+    cut = next((at for at, size in enumerate(sizes) if size > widest), len(after))
+    for name in [*after[: max(0, cut - 1)], *after[cut:-1]]:
         sch.compute_inline(sch.get_sblock(name))
+    if cut < len(after):
+        vectorize_copy(sch, sch.get_sblock(after[-1]), machine, written_dtype(sch, sch.get_sblock(after[-1])))
     names = [block_name(sch, block) for block in blocks(sch)]
-    at = names.index(own)
-    return [sch.get_sblock(name) for name in names[:at]], [sch.get_sblock(name) for name in names[at + 1 :]]
+    at, end = names.index(own), len(names) - (cut < len(after))
+    return [sch.get_sblock(name) for name in names[:at]], [sch.get_sblock(name) for name in names[at + 1 : end]]
+
+
+def spatial_size(sch: Any, block: Any) -> int:
+    """How many elements a block writes."""
+    axes = (var for var in sch.get(block).iter_vars if int(var.iter_type) == DATA_PARALLEL)
+    return prod(int(var.dom.extent) for var in axes)
 
 
 def vector_width(count: int, lanes: int) -> int:
@@ -44,24 +57,48 @@ def spread(sch: Any, loops: list[Any], work: int, machine: Machine) -> None:
         sch.parallel(fused)
 
 
-def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32") -> None:
-    """Vectors along the last axis, threads over the rest: for blocks that move or map elements."""
+def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32") -> int:
+    """Vectors along the last axis, threads over the rest: for blocks that move or map elements.
+
+    Axes that all operands share in the same order count as one. What does not fill a vector at the end is done one by one
+    in a loop of its own. Returns the width of the vectors; 1 where the last axis is too short for any.
+    """
     loops = sch.get_loops(block)
+    work = prod(extent(sch, loop) for loop in loops)
+    lanes = machine.lanes(dtype)
     while loops and extent(sch, loops[-1]) == 1:
         loops = loops[:-1]
     if not loops:
-        return
-    work = prod(extent(sch, loop) for loop in loops)
+        return 1
+    if len(loops) > 1 and extent(sch, loops[-1]) % lanes and same_order(sch, block):
+        loops = [sch.fuse(*loops)]
     *outer, last = loops
-    lanes = machine.lanes(dtype)
-    width = vector_width(extent(sch, last), lanes)
+    count = extent(sch, last)
+    width = vector_width(count, lanes)
+    cut = count > lanes and 2 * width < lanes
+    width = lanes if cut else width
+    rest = last
     if width > 1:
         rest, vector = sch.split(last, factors=[None, width])
         sch.vectorize(vector)
-        outer.append(rest)
+    if cut:
+        partition(sch, rest)
+        spread(sch, outer, work, machine)
     else:
-        outer.append(last)
-    spread(sch, outer, work, machine)
+        spread(sch, [*outer, rest], work, machine)
+    return int(width)
+
+
+def same_order(sch: Any, block: Any) -> bool:
+    """Whether every operand of a block has the shape of its result, and is read where the result is written."""
+    body = sch.get(block)
+    axes = [str(var.var) for var in body.iter_vars]
+    shape = [str(size) for size in body.writes[0].source.shape]
+    regions = [*body.reads, *body.writes]
+    return all(
+        [str(axis.min) for axis in region.region] == axes and [str(size) for size in region.source.shape] == shape
+        for region in regions
+    )
 
 
 def vectorize_last(sch: Any, block: Any, lanes: int) -> None:

@@ -20,7 +20,16 @@ _LN2: Final = (0.693359375, -2.12194440e-4)
 """ln 2 in two parts, the first with few bits: its product with a small integer is exact (Cody and Waite)."""
 _ROUND: Final = 12582912.0
 """1.5 * 2**23: added to a float, its last bits are the nearest integer."""
-_EXP: Final = (1.0, 1.0, 5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
+_EXP: Final = (
+    1.0,
+    1.0,
+    5.0000001201e-1,
+    1.6666665459e-1,
+    4.1665795894e-2,
+    8.3334519073e-3,
+    1.3981999507e-3,
+    1.9875691500e-4,
+)
 _LOG: Final = (
     3.3333331174e-1,
     -2.4999993993e-1,
@@ -192,7 +201,9 @@ def _log(x: Any) -> Any:
         return let(mantissa - number(1.0), lambda m: let(exponent, lambda e: series(m, e)))
 
     def series(m: Any, e: Any) -> Any:
-        return let(m * m, lambda z: m + (m * z * horner(_LOG, m) + e * number(_LN2[1]) - number(0.5) * z)) + e * number(_LN2[0])
+        return let(m * m, lambda z: m + (m * z * horner(_LOG, m) + e * number(_LN2[1]) - number(0.5) * z)) + e * number(
+            _LN2[0]
+        )
 
     infinity, nan = number(float("inf")), number(float("nan"))
     special = lambda value: tirx.Select(  # noqa: E731  # a formula

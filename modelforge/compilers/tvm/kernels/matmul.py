@@ -34,6 +34,7 @@ from modelforge.compilers.tvm.api import (
 from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, neighbours, partition, vectorize_copy
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.kernels.views import flat_index, split_index
 from modelforge.compilers.tvm.machine import Machine
 
 
@@ -55,7 +56,7 @@ class Matmul:
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, vectors, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
-        pads, after = neighbours(sch, anchor)
+        pads, after = neighbours(sch, anchor, machine)
         out = after[-1]
         store_tiles(sch, anchor, out, (rows, vectors, lanes), machine)
         for pad in pads:
@@ -152,21 +153,3 @@ def sum_tile(sch: Any, anchor: Any, vectors: int, lanes: int) -> None:
     sch.unroll(row)
     sch.unroll(vector)
     sch.decompose_reduction(anchor, k)
-
-
-def flat_index(index: Any, sizes: tuple[int, ...]) -> Any:
-    """The position of an index in memory order."""
-    flat: Any = 0
-    for position, size in zip(index, sizes, strict=True):
-        flat = flat * size + position
-    return flat
-
-
-def split_index(flat: Any, sizes: tuple[int, ...]) -> tuple[Any, ...]:
-    """The index of a position in memory order."""
-    index: list[Any] = []
-    for axis in reversed(range(len(sizes))):
-        outermost = prod(sizes[:axis]) == 1
-        index.insert(0, flat if outermost else flat % sizes[axis])
-        flat = 0 if outermost else flat // sizes[axis]
-    return tuple(index)

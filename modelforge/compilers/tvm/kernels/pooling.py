@@ -28,7 +28,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
 )
 from modelforge.compilers.tvm.kernels.loops import neighbours, spread, unroll_tail, vectorize_last
-from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.kernels.rule import RULE, TILE
 from modelforge.compilers.tvm.machine import Machine
 
 _UNROLLED: Final = 64
@@ -69,7 +69,7 @@ class Pool:
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         columns, channels, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
-        (lines,), after = neighbours(sch, anchor)
+        (lines,), after = neighbours(sch, anchor, machine)
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         batch, y, x, channel = sch.get_loops(out)
@@ -228,7 +228,7 @@ class ImagePool:
         chunks, beside, channels, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         (total,) = sch.get_consumers(anchor)
-        _, after = neighbours(sch, total)
+        _, after = neighbours(sch, total, machine)
         partial = sch.cache_write(anchor, 0, "local")
         batch, chunk, side, channel, step = sch.get_loops(anchor)
         block, channel = sch.split(channel, factors=[None, channels])
@@ -265,7 +265,9 @@ def reduce_image(data: Any, kind: str, keepdims: bool, builder: Any, machine: Ma
     lanes = gcd(channels, machine.lanes(dtype))
     pixels = height * width
     chunks = max(
-        size for size in range(1, machine.cores + 1) if pixels % size == 0 and (size == 1 or pixels * channels >= 1 << 16)
+        size
+        for size in range(1, machine.cores + 1)
+        if pixels % size == 0 and (size == 1 or pixels * channels >= 1 << 16)
     )
     vectors, beside = _sums(pixels // chunks, channels // lanes)
     steps = pixels // chunks // beside
@@ -287,7 +289,9 @@ def reduce_image(data: Any, kind: str, keepdims: bool, builder: Any, machine: Ma
         )
         chunk, side = te.reduce_axis((0, chunks), "chunk"), te.reduce_axis((0, beside), "side")
         shape = (batch, 1, 1, channels) if keepdims else (batch, channels)
-        total = te.compute(shape, lambda *at: combine(parts[at[0], chunk, side, at[-1]], axis=[chunk, side]), name="total")
+        total = te.compute(
+            shape, lambda *at: combine(parts[at[0], chunk, side, at[-1]], axis=[chunk, side]), name="total"
+        )
         if kind != "mean":
             return total
         share = tirx.const(1 / pixels, dtype)

@@ -1,14 +1,14 @@
 """Softmax, layer norm and reductions over the last axes: a row at a time, in cache, by vectors.
 
 Idea: LLVM may not reorder sums of floats, so the order is written here: a row is read in steps of a few vectors, each lane
-of each vector has a partial result of its own, and a tree of halves joins them. The stages of one row follow each other
-(maximum, exponentials, sum, division), so that all but the first find it in the first-level cache. A row that is no
-multiple of a vector is first copied beside zeros (or what the operation ignores) when it is read more than once; else its
-last elements are joined one by one. Bound: the bytes of a row, read and written once.
+of each vector has a partial result of its own, and a tree of halves joins them, with what is left over beside. The stages
+of one row follow each other (maximum, exponentials, sum, division), so that all but the first find it in the first-level
+cache. Bound: the bytes of a row, read and written once.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -32,8 +32,8 @@ from modelforge.compilers.tvm.api import (
 )
 from modelforge.compilers.tvm.kernels import mathematics
 from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, partition
-from modelforge.compilers.tvm.kernels.matmul import flat_index, split_index
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.kernels.views import flat_index, split_index
 from modelforge.compilers.tvm.machine import Machine
 
 _STAGE: Final = "row_"
@@ -44,34 +44,17 @@ Read = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """How a row of ``length`` elements is walked: ``chains`` vectors of ``lanes`` a step.
-
-    ``padded`` is the length in whole steps, rounded up.
-    """
+    """How a row of ``length`` elements is walked: ``step`` elements at once, a few vectors of ``lanes``."""
 
     length: int
     lanes: int
-    chains: int
-
-    @property
-    def step(self) -> int:
-        """Elements of one step."""
-        return self.lanes * self.chains
-
-    @property
-    def padded(self) -> int:
-        """The length in whole steps."""
-        return -(-self.length // self.step) * self.step
+    step: int
 
 
 def row_of(length: int, machine: Machine) -> Row:
-    """Four vectors a step hide the latency of a sum; fewer where they would not be filled."""
-    lanes = machine.lanes()
-    while lanes > 4 and length <= lanes // 2:
-        lanes //= 2
-    vectors = -(-length // lanes)
-    fitting = [chains for chains in (4, 2) if vectors % chains == 0 or (length % lanes and vectors >= 8 * chains)]
-    return Row(length, lanes, fitting[0] if fitting else 1)
+    """Four vectors a step hide the latency of a sum; less where the row is shorter. A step is a power of two."""
+    step = min(4 * machine.lanes(), 1 << (length.bit_length() - 1))
+    return Row(length, min(step, machine.lanes()), step)
 
 
 @dataclass(frozen=True)
@@ -90,10 +73,10 @@ class Rows:
         axes = numbers(call.attrs.axes) if name == "layer_norm" else (int(call.attrs.axis),)
         count = _trailing(axes, len(shape))
         if count is None:
-            return None
+            return None if name == "layer_norm" else _across(data, axes[0] % len(shape), name, builder)
         leading, inner = shape[: len(shape) - count], shape[len(shape) - count :]
         row = row_of(prod(inner), machine)
-        attrs = {RULE: self.name, MACS: 0, TILE: [row.lanes, row.chains]}
+        attrs = {RULE: self.name, MACS: 0, TILE: [row.lanes, row.step]}
 
         def compute(data: Any, *parameters: Any) -> Any:
             def read(r: Any, i: Any) -> Any:
@@ -114,13 +97,13 @@ class Rows:
         for name in own[last + 1 : -1]:
             sch.compute_inline(sch.get_sblock(name))
         out = blocks(sch)[-1]
-        lanes, chains = (int(value) for value in sch.get(anchor).annotations[TILE])
+        lanes, step = (int(value) for value in sch.get(anchor).annotations[TILE])
         count_rows_as_one(sch, out)
         rows, elements = sch.get_loops(out)
         length = extent(sch, elements)
         _vectors(sch, elements, length, lanes)
         _stages(sch, rows, lanes, machine)
-        return f"{chains} vectors of {lanes}"
+        return f"steps of {step}"
 
 
 @dataclass(frozen=True)
@@ -149,12 +132,8 @@ class RowReductions:
             return None
         leading, inner = shape[: len(shape) - count], shape[len(shape) - count :]
         row = row_of(prod(inner), machine)
-        if row.length < row.lanes:
-            return None
-        if row.length < row.step:
-            row = Row(row.length, row.lanes, 1)
         kept = (*leading, *((1,) * count)) if bool(call.attrs.keepdims) else leading
-        attrs = {RULE: self.name, MACS: 0, TILE: [row.lanes, row.chains]}
+        attrs = {RULE: self.name, MACS: 0, TILE: [row.lanes, row.step]}
 
         def compute(data: Any) -> Any:
             def read(r: Any, i: Any) -> Any:
@@ -166,7 +145,7 @@ class RowReductions:
         return emit_kernel(builder, compute, data, name=name, pattern=COMMREDUCE)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        lanes, chains = (int(value) for value in sch.get(anchor).annotations[TILE])
+        lanes, step = (int(value) for value in sch.get(anchor).annotations[TILE])
         for name in [block_name(sch, block) for block in blocks(sch)[:-1]]:
             if not name.startswith(_STAGE):
                 sch.compute_inline(sch.get_sblock(name))
@@ -175,7 +154,32 @@ class RowReductions:
         if rows is None:
             rows = sch.add_unit_loop(blocks(sch)[-1])
         _stages(sch, rows, lanes, machine)
-        return f"{chains} vectors of {lanes}"
+        return f"steps of {step}"
+
+
+def _across(data: Any, axis: int, name: str, builder: Any) -> Any:
+    """Softmax over an axis that is not the last: the lanes of a vector are rows of their own, and :mod:`.generic`
+    schedules it as it does every reduction over such an axis."""
+    shape = shape_of(data) or ()
+    kept = (*shape[:axis], *shape[axis + 1 :])
+
+    def without(index: Any) -> Any:
+        return (*index[:axis], *index[axis + 1 :])
+
+    def compute(data: Any) -> Any:
+        def over(read: Any, join: Any, label: str) -> Any:
+            k = te.reduce_axis((0, shape[axis]), "k")
+            return te.compute(kept, lambda *i: join(read(*i[:axis], k, *i[axis:]), axis=k), name=label)
+
+        most = over(data, te.max, "most")
+        powers = te.compute(shape, lambda *i: mathematics.exp_of_negative(data(*i) - most(*without(i))), name="powers")
+        total = over(powers, te.sum, "total")
+        if name == "softmax":
+            return te.compute(shape, lambda *i: powers(*i) / total(*without(i)), name="result")
+        shift = te.compute(kept, lambda *i: most(*i) + mathematics.log(total(*i)), name="shift")
+        return te.compute(shape, lambda *i: data(*i) - shift(*without(i)), name="result")
+
+    return emit_kernel(builder, compute, data, name=name, pattern=OUT_FUSIBLE)
 
 
 def _stages(sch: Any, rows: Any, lanes: int, machine: Machine) -> None:
@@ -186,14 +190,14 @@ def _stages(sch: Any, rows: Any, lanes: int, machine: Machine) -> None:
         block = sch.get_sblock(name)
         work += prod(extent(sch, loop) for loop in sch.get_loops(block))
         sch.compute_at(block, rows, preserve_unit_loops=True)
-        sch.set_scope(block, 0, "local" if "part" in name else "global")
+        sch.set_scope(block, 0, "local")
     if work >= PARALLEL_WORK and machine.cores > 1 and extent(sch, rows) > 1:
         sch.parallel(rows)
     for name in names:
         block = sch.get_sblock(name)
         own = sch.get_loops(block)[1:]
         if not is_reduction(sch, block):
-            _vectors(sch, own[-1], extent(sch, own[-1]), lanes, unroll="part" in name)
+            _vectors(sch, own[-1], extent(sch, own[-1]), lanes, unroll=name != _STAGE + "exp")
             continue
         *_, element, k = own
         sch.reorder(k, element)
@@ -217,51 +221,47 @@ def _vectors(sch: Any, loop: Any, length: int, lanes: int, unroll: bool = False)
         sch.unroll(outer)
 
 
-def _softmax(read: Read, rows: int, row: Row, attrs: Any, *_: Any) -> Any:
-    whole = _whole(read, rows, row, -float("inf"))
-    most = _joined(whole, rows, row, te.max, tirx.max, "max", attrs)
+def _softmax(read: Read, rows: int, row: Row, attrs: Any, *_: Any) -> Read:
+    most = _reduced(read, rows, row, "max", "max", attrs)
     powers = te.compute(
-        (rows, row.padded),
-        lambda r, i: mathematics.exp_of_negative(whole(r, i) - most[r, 0]),
-        name=_STAGE + "exp",
+        (rows, row.length), lambda r, i: mathematics.exp_of_negative(read(r, i) - most(r, 0)), name=_STAGE + "exp"
     )
-    total = _joined(powers, rows, row, te.sum, _add, "sum")
-    scale = te.compute((rows, 1), lambda r, j: mathematics.number(1.0) / total[r, j], name=_STAGE + "part_scale")
-    return lambda r, i: powers[r, i] * scale[r, 0]
+    total = _reduced(powers, rows, row, "sum", "sum")
+    scale = te.compute((rows, 1), lambda r, j: mathematics.number(1.0) / total(r, j), name=_STAGE + "scale")
+    return lambda r, i: powers(r, i) * scale(r, 0)
 
 
-def _log_softmax(read: Read, rows: int, row: Row, attrs: Any, *_: Any) -> Any:
-    whole = _whole(read, rows, row, -float("inf"))
-    most = _joined(whole, rows, row, te.max, tirx.max, "max", attrs)
-    total = _joined(
-        lambda r, i: mathematics.exp_of_negative(whole(r, i) - most[r, 0]), rows, row, te.sum, _add, "sum"
-    )
-    shift = te.compute((rows, 1), lambda r, j: most[r, j] + mathematics.log(total(r, j)), name=_STAGE + "part_shift")
-    return lambda r, i: whole(r, i) - shift[r, 0]
+def _log_softmax(read: Read, rows: int, row: Row, attrs: Any, *_: Any) -> Read:
+    most = _reduced(read, rows, row, "max", "max", attrs)
+    total = _reduced(lambda r, i: mathematics.exp_of_negative(read(r, i) - most(r, 0)), rows, row, "sum", "sum")
+    shift = te.compute((rows, 1), lambda r, j: mathematics.log(total(r, j)), name=_STAGE + "shift")
+    return lambda r, i: read(r, i) - most(r, 0) - shift(r, 0)
 
 
 def _layer_norm(
     read: Read, rows: int, row: Row, attrs: Any, options: Any, parameters: tuple[Any, ...], inner: tuple[int, ...]
-) -> Any:
+) -> Read:
     share = mathematics.number(1.0 / row.length)
-    whole = _whole(read, rows, row, 0.0)
-    total = _joined(whole, rows, row, te.sum, _add, "sum", attrs)
-    mean = te.compute((rows, 1), lambda r, j: total[r, j] * share, name=_STAGE + "part_mean")
-    rest = _whole(lambda r, i: whole(r, i) - mean[r, 0], rows, row, 0.0, name="rest", always=True)
-    squares = _joined(lambda r, i: rest(r, i) * rest(r, i), rows, row, te.sum, _add, "squares")
+    total = _reduced(read, rows, row, "sum", "sum", attrs)
+    mean = te.compute((rows, 1), lambda r, j: total(r, j) * share, name=_STAGE + "mean")
+
+    def square(r: Any, i: Any) -> Any:
+        return mathematics.let(read(r, i) - mean(r, 0), lambda rest: rest * rest)
+
+    squares = _reduced(square, rows, row, "sum", "squares")
     epsilon = mathematics.number(float(options.epsilon))
     scale = te.compute(
         (rows, 1),
-        lambda r, j: mathematics.number(1.0) / tirx.sqrt(squares[r, j] * share + epsilon),
-        name=_STAGE + "part_scale",
+        lambda r, j: mathematics.number(1.0) / tirx.sqrt(squares(r, j) * share + epsilon),
+        name=_STAGE + "scale",
     )
 
     def result(r: Any, i: Any) -> Any:
-        value = rest(r, i) * scale[r, 0]
+        value = (read(r, i) - mean(r, 0)) * scale(r, 0)
         position = split_index(i, inner)
         if bool(options.scale):
-            value = value * parameters[0][position]
-        return value + parameters[1][position] if bool(options.center) else value
+            value = value * parameters[0](*position)
+        return value + parameters[1](*position) if bool(options.center) else value
 
     return result
 
@@ -276,92 +276,62 @@ _RESULTS: Final[dict[str, Callable[..., Any]]] = {
 def _reduction(name: str, read: Read, rows: int, row: Row, attrs: Any) -> Callable[[Any], Any]:
     """What gives a row's result: ``finish(row)``."""
     if name in ("argmax", "argmin"):
-        join, pair = (te.max, tirx.max) if name == "argmax" else (te.min, tirx.min)
-        best = _reduced(read, rows, row, join, pair, "best", attrs)
+        best = _reduced(read, rows, row, name[3:], "best", attrs)
         missing = tirx.const(row.length, "int32")
-        found = _reduced(
-            lambda r, i: tirx.Select(read(r, i) == best[r, 0], i, missing), rows, row, te.min, tirx.min, "position", attrs
-        )
-        return lambda r: tirx.Cast("int64", found[r, 0])
-    join, pair = _JOINS["sum" if name == "mean" else name]
-    total = _reduced(read, rows, row, join, pair, name, attrs)
-    return lambda r: total[r, 0] * mathematics.number(1.0 / row.length) if name == "mean" else total[r, 0]
+
+        def place(r: Any, i: Any) -> Any:
+            return tirx.Select(read(r, i) == best(r, 0), tirx.Cast("int32", i), missing)
+
+        found = _reduced(place, rows, row, "min", "place")
+        return lambda r: tirx.Cast("int64", found(r, 0))
+    total = _reduced(read, rows, row, "sum" if name == "mean" else name, name, attrs)
+    return lambda r: total(r, 0) * mathematics.number(1.0 / row.length) if name == "mean" else total(r, 0)
 
 
-def _add(left: Any, right: Any) -> Any:
-    return left + right
-
-
-def _times(left: Any, right: Any) -> Any:
-    return left * right
-
-
-_PRODUCT: Final = te.comm_reducer(_times, lambda dtype: tirx.const(1, dtype), name="prod")
+_PRODUCT: Final = te.comm_reducer(lambda x, y: x * y, lambda dtype: tirx.const(1, dtype), name="prod")
 _JOINS: Final[dict[str, tuple[Any, Callable[[Any, Any], Any]]]] = {
-    "sum": (te.sum, _add),
+    "sum": (te.sum, operator.add),
     "max": (te.max, tirx.max),
     "min": (te.min, tirx.min),
-    "prod": (_PRODUCT, _times),
+    "prod": (_PRODUCT, operator.mul),
 }
+"""How a join is written over an axis, and of two values."""
 
 
-def _whole(read: Read, rows: int, row: Row, filler: float, name: str = "copy", always: bool = False) -> Read:
-    """A row in whole steps: itself where it is, else a copy with ``filler`` behind it."""
-    if row.padded == row.length and not always:
-        return read
-    value = mathematics.number(filler)
+def _reduced(read: Read, rows: int, row: Row, join: str, name: str, attrs: Any = None) -> Any:
+    """All elements of each row joined, as [rows, 1].
 
-    def element(r: Any, i: Any) -> Any:
-        if row.padded == row.length:
-            return read(r, i)
-        return tirx.if_then_else(tirx.likely(i < row.length), read(r, i), value)
-
-    copy: Read = te.compute((rows, row.padded), element, name=_STAGE + name)
-    return copy
-
-
-def _joined(
-    read: Read,
-    rows: int,
-    row: Row,
-    join: Any,
-    pair: Callable[[Any, Any], Any],
-    name: str,
-    attrs: Any = None,
-    steps: int | None = None,
-) -> Any:
-    """All elements of whole steps joined into [rows, 1]: by lanes first, then by halves."""
-    k = te.reduce_axis((0, row.padded // row.step if steps is None else steps), "k")
+    Whole steps by lanes first, then halves with halves. What is left behind the last whole step joins where the halves
+    have a width that it holds: 13 elements as 8, 4 and 1.
+    """
+    over, pair = _JOINS[join]
+    steps, rest = divmod(row.length, row.step)
+    k = te.reduce_axis((0, steps), "k")
     part = te.compute(
         (rows, row.step),
-        lambda r, j: join(read(r, k * row.step + j), axis=k),
-        name=f"{_STAGE}part_{name}",
+        lambda r, j: over(read(r, k * row.step + j), axis=k),
+        name=f"{_STAGE}{name}_{row.step}",
         attrs=attrs,
     )
-    width = row.step
+    width, start = row.step, steps * row.step
     while width > 1:
         width //= 2
-        part = _halved(part, rows, width, pair, f"{_STAGE}part_{name}_{width}")
+        left = start if rest & width else None
+        part = _halved(part, read, (rows, width), left, pair, f"{_STAGE}{name}_{width}")
+        start += rest & width
     return part
 
 
-def _halved(part: Any, rows: int, width: int, pair: Callable[[Any, Any], Any], name: str) -> Any:
-    return te.compute((rows, width), lambda r, j: pair(part[r, j], part[r, j + width]), name=name)
-
-
-def _reduced(
-    read: Read, rows: int, row: Row, join: Any, pair: Callable[[Any, Any], Any], name: str, attrs: Any
+def _halved(
+    part: Any, read: Read, shape: tuple[int, int], left: int | None, pair: Callable[[Any, Any], Any], name: str
 ) -> Any:
-    """A row that is read once: whole steps by lanes, what is left behind them one by one."""
-    steps, rest = divmod(row.length, row.step)
-    total = _joined(read, rows, row, join, pair, name, attrs, steps)
-    if not rest:
-        return total
-    k = te.reduce_axis((0, rest), "t")
-    tail = te.compute(
-        (rows, 1), lambda r, j: join(read(r, steps * row.step + k), axis=k), name=f"{_STAGE}part_{name}_tail"
-    )
-    return te.compute((rows, 1), lambda r, j: pair(total[r, j], tail[r, j]), name=f"{_STAGE}part_{name}_all")
+    width = shape[1]
+
+    def joined(r: Any, j: Any) -> Any:
+        halves = pair(part(r, j), part(r, j + width))
+        return halves if left is None else pair(halves, read(r, left + j))
+
+    return te.compute(shape, joined, name=name)
 
 
 def _axes(call: Any, rank: int) -> tuple[int, ...]:

@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.machine import Machine
 
 _LATENCY: Final = 8
 """Sums in flight that keep two multiply-add pipes busy at a latency of four cycles (Zen 4, Sapphire Rapids, Cortex-A76)."""
 _WIDEST: Final = 4
+_TRIED: Final = 16
+"""Tiles that a search measures at most: those after them cost half as much again by the model."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,15 @@ class Tile:
 def choose(
     rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str = "float32", widest: int = _WIDEST
 ) -> Tile:
-    """The tile with the least cost per useful multiply-add.
+    """The tile with the least cost per useful multiply-add, or the measured one. Arguments as of :func:`ranked`."""
+    found = ranked(rows, columns, machine, dtype, widest)
+    return chosen("tile", found[0], lambda: found[1:_TRIED])
+
+
+def ranked(
+    rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str = "float32", widest: int = _WIDEST
+) -> list[Tile]:
+    """All tiles that fit the registers, the least cost per useful multiply-add first.
 
     Args:
         rows: heights that the caller can have, each with the work that it does per useful row (1.0: no waste).
@@ -41,10 +52,11 @@ def choose(
         widest: vectors that a tile may have.
 
     The cost of a tile is the longest of what the pipes for sums take, what the loads take (one per row, one per
-    vector; two a cycle, like sums), and the latency, times the waste.
+    vector; two a cycle, like sums), and the latency, times the waste. A tile that does not fit costs a little more still:
+    its results are tested as they are stored.
     """
     lanes = _lanes(columns, machine.lanes(dtype))
-    best: tuple[float, Tile] | None = None
+    found: list[tuple[float, Tile]] = []
     deep = depth(machine, dtype)
     lanewise = deep > 1
     for height, waste in rows:
@@ -58,12 +70,10 @@ def choose(
             steps = max(sums, loads, _LATENCY) + 0.02 * (height / deep + 4 * vectors)
             if lanewise:  # every instruction takes its turn in a narrow front end
                 steps = max(steps, sums + height / deep + vectors / 2)
-            cost = waste * wide * steps / sums
-            if best is None or cost < best[0] - 1e-9:
-                best = (cost, Tile(height, vectors, lanes))
-    if best is None:
-        return Tile(1, 1, lanes)
-    return best[1]
+            cost = waste * wide * steps / sums * (1.05 if waste > 1 else 1.0)
+            found.append((round(cost, 9), Tile(height, vectors, lanes)))
+    found.sort(key=lambda pair: pair[0])
+    return [tile for _, tile in found] or [Tile(1, 1, lanes)]
 
 
 def depth(machine: Machine, dtype: str) -> int:

@@ -59,7 +59,7 @@ class Transposed:
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         columns, vectors, lanes, together, high, wide = (int(value) for value in annotations(sch, anchor)[TILE])
-        pads, after = neighbours(sch, anchor)
+        pads, after = neighbours(sch, anchor, machine)
         out = after[-1]
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         channels = int(sch.get(out).iter_vars[-1].dom.extent)
@@ -173,7 +173,10 @@ def _convolve(phases: _Phases, weight: np.ndarray[Any, Any], data: Any, builder:
             )
 
         full = te.compute(
-            (phases.data[0], tall, broad, *packed.shape[:2], packed.shape[2] * width), product, name="transposed", attrs=attrs
+            (phases.data[0], tall, broad, *packed.shape[:2], packed.shape[2] * width),
+            product,
+            name="transposed",
+            attrs=attrs,
         )
 
         def gather(n: Any, y: Any, x: Any, c: Any) -> Any:
@@ -212,7 +215,7 @@ def _tile(phases: _Phases, machine: Machine, dtype: str) -> tuple[bool, tiles.Ti
     if phases.same_pixel and phases.groups == 1 and lanes >= min(4, columns) and vectors * 3 + 1 <= machine.registers:
         most = min((machine.registers - 1 - vectors) // vectors, 16)
         heights = [rows for rows, _ in tiles.padded(width, machine) if rows <= most]
-        best = min(heights, key=lambda rows: (-(-width // rows) * rows / width * (1 + 1 / (rows * vectors))))
+        best = min(heights, key=lambda rows: -(-width // rows) * rows / width * (1 + 1 / (rows * vectors)))
         return True, tiles.Tile(best, vectors, lanes)
     # The phases of a row lie side by side in the tile; each reads weights of its own, so some registers are left free.
     beside = phases.strides[1]
