@@ -30,7 +30,7 @@ from modelforge.target import Registry
 
 FEW = 2
 ENOUGH = 600.0
-"""Millions of instructions that the two runs of a pair differ by, at least about: starting Python varies by one or two."""
+"""Millions of instructions that the runs of a pair differ by, at least about: starting Python varies by one or two."""
 HERE = Path(__file__).parent
 ORT = """
 import sys

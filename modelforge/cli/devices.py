@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from modelforge.cli.console import Console
 
 DESCRIPTION = """Name the devices that `[target.tune] device = "NAME"` in a recipe measures on. On the device runs
 
-  python -m tvm.exec.rpc_server --host 0.0.0.0 --port 9090 --key KEY
+  ./rpc_server 0.0.0.0 9090 KEY
 
-of the same version of TVM. It runs whatever code it is sent, and KEY keeps nobody out: only in a network where you
+which `devices server aarch64 -o DIR` writes, with the libraries that it needs, or the rpc_server of TVM's own Python
+package, of the same version. It runs whatever code it is sent, and KEY keeps nobody out: only in a network where you
 trust everyone.
 
 add     name a device, or give a name another address; --check asks it whether it is there
 list    show them; --check asks each
-remove  forget one"""
+remove  forget one
+server  write the server for a device: x86-64 or aarch64"""
 EXAMPLE = "modelforge devices add pi5 192.168.1.20:9090 pi5-key"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("add", "list", "remove"))
-    parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("action", choices=("add", "list", "remove", "server"))
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of a device; for server: x86-64 or aarch64")
     parser.add_argument("address", nargs="?", metavar="HOST:PORT", help="for add")
     parser.add_argument("key", nargs="?", metavar="KEY", help="for add: as given to rpc_server --key")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="for server: where it goes; default rpc-server"
+    )
     parser.add_argument("--check", action="store_true", help="ask whether a server with this key answers there")
 
 
@@ -32,9 +38,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from modelforge.errors import InputError
 
     given = [each for each in (args.name, args.address, args.key) if each is not None]
-    wanted = {"add": 3, "list": 0, "remove": 1}[args.action]
+    wanted = {"add": 3, "list": 0, "remove": 1, "server": 1}[args.action]
     if len(given) != wanted:
-        usage = {"add": " NAME HOST:PORT KEY", "list": "", "remove": " NAME"}[args.action]
+        usage = {"add": " NAME HOST:PORT KEY", "list": "", "remove": " NAME", "server": " x86-64"}[args.action]
         raise InputError(
             f"`devices {args.action}` takes {wanted} words, not {len(given)}",
             where="modelforge devices",
@@ -42,6 +48,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )
     if args.action == "list":
         return _list(console, check=args.check)
+    if args.action == "server":
+        return _server(args, console)
     return _add(args, console) if args.action == "add" else _remove(args.name, console)
 
 
@@ -82,6 +90,21 @@ def _remove(name: str, console: Console) -> int:
 
     device = devices.remove(name)
     console.result({"removed": _document(device, None)}, f"{name}: forgotten")
+    return 0
+
+
+def _server(args: argparse.Namespace, console: Console) -> int:
+    from modelforge.compilers.tvm import runtime
+    from modelforge.errors import InputError, nearest
+    from modelforge.store import Store
+
+    known = ("aarch64", "x86-64")
+    if args.name not in known:
+        raise InputError(f'there is no server for "{args.name}"; {nearest(args.name, known)}', where="NAME")
+    folder = args.output or Path("rpc-server")
+    files = runtime.server_files(args.name, Store(), folder)
+    document = {"isa": args.name, "path": str(folder), "files": [file.name for file in files]}
+    console.result(document, f"{folder}: copy it to the device, and run there: ./{files[0].name} 0.0.0.0 9090 KEY")
     return 0
 
 

@@ -102,8 +102,9 @@ def _built(section: TargetSection, target: Target, where: str) -> list[str]:
         )
     if section.compiler:
         return [section.compiler]
-    # Who is spoken to comes first: chosen after another, what the recipe says to it would be without effect.
-    return sorted(built, key=lambda name: get_compiler(name).section not in section.sections)
+    # Only who is spoken to: what the recipe says to one compiler would be without effect on another.
+    spoken_to = [name for name in built if get_compiler(name).section in section.sections]
+    return spoken_to or built
 
 
 def _check_sections(section: TargetSection, target: Target, built: list[str], where: str) -> None:

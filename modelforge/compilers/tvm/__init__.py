@@ -21,7 +21,8 @@ from modelforge.options import NO_OPTIONS, Options
 from modelforge.recipe import Dim
 from modelforge.store import Store
 from modelforge.target import CpuArchitecture, Target
-from modelforge.toolchains import linker, worker
+from modelforge.toolchains import linker
+from modelforge.toolchains import worker as child  # not `worker`: a module of this package has that name
 
 ARTIFACT = "main.so"
 _TRIPLE = {"x86-64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
@@ -80,7 +81,7 @@ class TvmCompiler:
         tuning = tuner.given(job.options)
         if tuning is not None:
             request["choices"] = tuning.choices
-        answer = worker.call(
+        answer = child.call(
             "modelforge.compilers.tvm.worker:compile_model",
             request,
             workdir=job.workdir,

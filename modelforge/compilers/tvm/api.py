@@ -110,7 +110,8 @@ def bindings(module: Any) -> list[tuple[Any, Any, list[Any]]]:
             return [variable for field in value.fields for variable in reads(field)]
         if isinstance(value, relax.TupleGetItem):
             return reads(value.tuple_value)
-        return [variable for argument in value.args for variable in reads(argument)] if isinstance(value, relax.Call) else []
+        arguments = value.args if isinstance(value, relax.Call) else []
+        return [variable for argument in arguments for variable in reads(argument)]
 
     for _, graph in graphs(module):
         body = graph.body
@@ -128,9 +129,12 @@ def rewritten(module: Any, make: Callable[[Any], Any]) -> Any:
     return rewriter.builder_.get()
 
 
-def emit_kernel(builder: Any, compute: Callable[..., Any], *arguments: Any, name: str, pattern: int) -> Any:
-    """Emit a call of a kernel that ``compute`` describes in tensor expressions; what may fuse with it is ``pattern``."""
-    return builder.emit_te(compute, *arguments, primfunc_name_hint=name, primfunc_attrs={"op_pattern": pattern})
+def emit_kernel(
+    builder: Any, compute: Callable[..., Any], *arguments: Any, name: str, pattern: int, **attributes: int
+) -> Any:
+    """Emit a call of a kernel that ``compute`` describes in tensor expressions; ``pattern``: what may fuse with it."""
+    told = {"op_pattern": pattern, **attributes}
+    return builder.emit_te(compute, *arguments, primfunc_name_hint=name, primfunc_attrs=told)
 
 
 def register_intrinsic(name: str, meaning: str, body: str) -> None:
@@ -139,7 +143,21 @@ def register_intrinsic(name: str, meaning: str, body: str) -> None:
     from tvm.script import from_source
     from tvm.script import tirx as script
 
-    TensorIntrin.register(name, *(from_source(text, extra_vars={"T": script}) for text in (meaning, body)), override=True)
+    functions = [from_source(text, extra_vars={"T": script}) for text in (meaning, body)]
+    TensorIntrin.register(name, *functions, override=True)
+
+
+def kernel_attribute(builder: Any, name: Any, attribute: str) -> Any:
+    """An attribute that :func:`emit_kernel` gave to a kernel; 0 where it gave none."""
+    attributes = builder.get()[name].attrs
+    return attributes[attribute] if attributes is not None and attribute in attributes else 0
+
+
+def computed_by(expression: Any, builder: Any) -> Any:
+    """The call that gave a value, through other names of it; None for an input, the expression itself if no name."""
+    while isinstance(expression, relax.Var):
+        expression = builder.lookup_binding(expression)
+    return expression
 
 
 def extent(sch: Any, loop: Any) -> int:
@@ -175,8 +193,11 @@ def block_name(sch: Any, block: Any) -> str:
 
 def count_rows_as_one(sch: Any, block: Any) -> None:
     """Count all axes of a block but its last as one, in memory order."""
-    axes = len(sch.get_loops(block))
-    regroup(sch, block, [axes - 1, 1])
+    loops = sch.get_loops(block)
+    if len(loops) == 1:
+        sch.add_unit_loop(loops[0])
+    else:
+        regroup(sch, block, [len(loops) - 1, 1])
 
 
 def regroup(sch: Any, block: Any, counts: list[int]) -> None:
@@ -199,7 +220,7 @@ def regroup(sch: Any, block: Any, counts: list[int]) -> None:
 
 
 def narrowed(function: Any) -> Any:
-    """A kernel whose loops and indices count in 32 bits, as its code will: TVM narrows them later, but forgets the hints
+    """A kernel whose loops and indices count in 32 bits, as its code will: TVM narrows them later, but loses the hints
     of :func:`~.kernels.loops.partition` then. A kernel with 64-bit data may have to stay as it is."""
     try:
         module = tirx.transform.ForceNarrowIndexToInt32()(tvm.IRModule({"main": function}))

@@ -145,21 +145,24 @@ _MAGIC: Final = 0xFF271
 def ask(device: Device) -> str:
     """Whether a server of TVM's with this key is there, in words that go on ``NAME …``; :data:`READY` where it is.
 
-    Speaks the first words of TVM's RPC (tvm/rpc/server.py, ``_accept_conn``), which need no TVM, and hangs up.
+    Speaks the first words of TVM's RPC (tvm/rpc/server.py, ``_accept_conn``), which need no TVM, and hangs up once it has
+    heard all that the server says: TVM's server ends for good where a client leaves with words unread.
     """
     header = f"client:{device.key}".encode()
     try:
         with socket.create_connection((device.host, device.port), _SECONDS) as connection:
             connection.settimeout(_SECONDS)
             connection.sendall(struct.pack("<ii", _MAGIC, len(header)) + header)
-            answer = connection.recv(4, socket.MSG_WAITALL)
+            code = _number(connection)
+            if code == _MAGIC:
+                connection.recv(_number(connection) or 0, socket.MSG_WAITALL)
     except TimeoutError:
         return f"gives no answer within {_SECONDS:.0f} s"
     except OSError as error:
         return f"cannot be reached: {error.strerror or error}"
-    said = struct.unpack("<i", answer)[0] - _MAGIC if len(answer) == 4 else None
-    return (
-        {0: READY, 2: "has another key"}.get(said, "is no RPC server of TVM's")
-        if said is not None
-        else ("is no RPC server of TVM's")
-    )
+    return {_MAGIC: READY, _MAGIC + 2: "has another key"}.get(code or 0, "is no RPC server of TVM's")
+
+
+def _number(connection: socket.socket) -> int | None:
+    said = connection.recv(4, socket.MSG_WAITALL)
+    return int(struct.unpack("<i", said)[0]) if len(said) == 4 else None

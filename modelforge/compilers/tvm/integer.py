@@ -1,8 +1,8 @@
-"""QuantizeLinear and DequantizeLinear become integer arithmetic, in the model's own order of axes (before :mod:`.layout`).
+"""Q and DQ become integer arithmetic, in the model's own order of axes: this comes before :mod:`.layout`.
 
-Two passes. :class:`Integers`: sums over quantized activations and weights become int32 sums, and what only moves values
-moves bytes. :class:`Requantize`: each remaining Q and DQ becomes a multiply-add, folded into the constants beside it, so
-that a layer is one kernel from int8 to int8: sums, one multiply-add with scale and bias, clip, round to even, store.
+Two passes. :class:`Integers`: sums over quantized activations and weights become int32 sums, and what only moves
+values moves bytes. :class:`Requantize`: each remaining Q and DQ becomes a multiply-add, folded into the constants
+beside it, so that a layer is one kernel from int8 to int8: sums, a multiply-add with scale and bias, clip, round to even.
 
 Activations are kept in the 8-bit type that the machine's dot product reads: ``uint8``, 128 above ``int8``, with VNNI.
 """
@@ -77,11 +77,13 @@ class Weight:
 
 @mutator
 class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
-    """Beside each float value that is quantized, its integers are known; the float ones fall away where nobody reads them."""
+    """Knows the integers beside each quantized float value; the float ones fall away where nobody reads them."""
 
     def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
         self._type = "uint8" if has_unsigned_dot(machine) else "int8"
+        # Four times float's products a step: so many groups are still no slower, nor larger, as one with zeros.
+        self._most_groups = 4 if machine.dot else 1
         self._quantized: dict[Any, Quantized] = {}
         self._tuples: dict[Any, Quantized] = {}
         self._weights: dict[Any, Weight] = {}
@@ -188,7 +190,7 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
         rank = values.ndim
         axis = axis % rank if rank and scale.size > 1 else 0
         along = [-1 if position == axis else 1 for position in range(rank)] if scale.size > 1 else [1] * rank
-        exact = (values.astype(np.float32) - zeros.astype(np.float32).reshape(along if zeros.size > 1 else [1] * rank))
+        exact = values.astype(np.float32) - zeros.astype(np.float32).reshape(along if zeros.size > 1 else [1] * rank)
         result = self.builder_.emit(relax.const((exact * scale.astype(np.float32).reshape(along)).astype(np.float32)))
         if values.dtype == np.int8 and not zeros.any():
             own_axis = axis if scale.size > 1 else None
@@ -202,12 +204,16 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
         attrs, groups = call.attrs, int(call.attrs.groups)
         if data is None or weight is None or weight.axis not in (None, 0) or attrs.data_layout != "NCHW":
             return None
-        shape = shape_of(data.stored)
-        if shape is None or groups not in (1, weight.values.shape[0]) or (groups > 1 and groups != shape[1]):
+        shape, values = shape_of(data.stored), weight.values
+        if shape is None:
             return None
+        if groups > 1 and not groups == shape[1] == len(values):
+            if groups > self._most_groups:
+                return None
+            values, groups = _dense(values, groups), 1
         sums = relax.op.nn.conv2d(
             self._difference(data),
-            relax.const(weight.values),
+            relax.const(values),
             strides=numbers(attrs.strides),
             padding=numbers(attrs.padding),
             dilation=numbers(attrs.dilation),
@@ -281,10 +287,23 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
         return self._float(Quantized(self.builder_.emit(stored), first.scale, first.zero))
 
 
+def _dense(weight: Array, groups: int) -> Array:
+    """The weight [O, I / groups, ...] of a convolution in groups as one of a single group, zeros between groups."""
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    full = np.zeros((len(weight), inputs * groups, *weight.shape[2:]), weight.dtype)
+    for group in range(groups):
+        rows = slice(group * outputs, (group + 1) * outputs)
+        full[rows, group * inputs : (group + 1) * inputs] = weight[rows]
+    return full
+
+
 @mutator
 class Requantize(Mutator):  # type: ignore[misc]  # TVM ships no types
-    """Q and DQ as arithmetic. Walks the graph as it was given (``_given``): its values are emitted scaled where only one
-    operator reads them; a DQ is repeated for each that does, so that no float tensor is kept for it."""
+    """Q and DQ as arithmetic.
+
+    Walks the graph as it was given (``_given``): its values are emitted scaled where only one operator reads them; a DQ
+    is repeated for each operator that reads it, so that no float tensor is kept for it.
+    """
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
@@ -361,7 +380,7 @@ class Requantize(Mutator):  # type: ignore[misc]  # TVM ships no types
         """``value * factor + offset``, with both in the constants that are there. ``factor`` is positive."""
         given = self._only(value)
         name = op_name(given)
-        if name in ("relax.add", "relax.multiply"):
+        if given is not None and name in ("relax.add", "relax.multiply"):
             first, second = given.args
             if self._constant(first) is not None:
                 first, second = second, first
@@ -375,11 +394,11 @@ class Requantize(Mutator):  # type: ignore[misc]  # TVM ships no types
             if constant is not None:
                 moved = (constant.astype(np.float64) * factor).astype(np.float32)
                 return self._plus(relax.op.multiply(self._read(first), relax.const(moved)), offset)
-        if name == "relax.nn.relu":
+        if given is not None and name == "relax.nn.relu":
             inner = self._emit(self._scaled(given.args[0], factor, 0.0))
             return self._plus(relax.op.maximum(inner, relax.const(0.0, "float32")), offset)
         bound = self._given.get(value) if isinstance(value, relax.Var) else None
-        if op_name(bound) == "relax.dequantize" and self._is_whole(bound):
+        if bound is not None and op_name(bound) == "relax.dequantize" and self._is_whole(bound):
             return self._affine(bound, factor, offset)
         return self._plus(relax.op.multiply(self._read(value), relax.const(factor, "float32")), offset)
 
@@ -394,4 +413,3 @@ class Requantize(Mutator):  # type: ignore[misc]  # TVM ships no types
 
     def _emit(self, value: Any) -> Any:
         return self.builder_.emit(value)
-

@@ -32,9 +32,9 @@ LAST: Final = (0, 2, 3, 1)
 _ELEMENTWISE: Final = frozenset(
     "relax." + name
     for name in (
-        "add subtract multiply divide maximum minimum power floor_divide mod greater greater_equal less less_equal equal "
-        "not_equal logical_and logical_or logical_xor logical_not where abs ceil floor round sign exp log sqrt rsqrt tanh "
-        "sigmoid sin cos erf negative clip astype isnan isinf nn.relu nn.leakyrelu nn.gelu nn.silu nn.gelu_tanh "
+        "add subtract multiply divide maximum minimum power floor_divide mod greater greater_equal less less_equal "
+        "equal not_equal logical_and logical_or logical_xor logical_not where abs ceil floor round sign exp log sqrt "
+        "rsqrt tanh sigmoid sin cos erf negative clip astype isnan isinf nn.relu nn.leakyrelu nn.gelu nn.silu nn.gelu_tanh "
         "quantize dequantize"
     ).split()
 )
@@ -47,6 +47,7 @@ _POOLS: Final = frozenset(
 _HANDLERS: Final[dict[str, str]] = {
     "relax.nn.conv2d": "_convolution",
     "relax.nn.conv2d_transpose": "_transposed_convolution",
+    "relax.nn.conv1d": "_line_convolution",
     "relax.concat": "_concat",
     "relax.split": "_split",
     "relax.take": "_take",
@@ -185,6 +186,35 @@ class ChannelsLast(Mutator):  # type: ignore[misc]  # TVM ships no types
             out_dtype=attrs.out_dtype,
         )
         return self._with_twin(own, LAST)
+
+    def _line_convolution(self, call: Any) -> Any | None:
+        """A convolution along one axis is one over an image of height one."""
+        data, weight = call.args
+        attrs, kernel = call.attrs, shape_of(weight)
+        if (attrs.data_layout, attrs.kernel_layout) != ("NCW", "OIW") or not kernel:
+            return None
+        batch, channels, width = shape_of(data) or (0, 0, 0)
+        line = self.builder_.emit(relax.op.reshape(self._permuted(data, (0, 2, 1)), (batch, 1, width, channels)))
+        rows = relax.op.reshape(self._permuted(weight, (0, 2, 1)), (kernel[0], 1, kernel[2], kernel[1]))
+        constant = self._constant(weight)
+        if constant is not None:
+            rows = relax.const(np.ascontiguousarray(constant.transpose(0, 2, 1))[:, None])
+        left, right = numbers(attrs.padding)
+        own = relax.op.nn.conv2d(
+            line,
+            rows,
+            strides=(1, *numbers(attrs.strides)),
+            padding=(0, left, 0, right),
+            dilation=(1, *numbers(attrs.dilation)),
+            groups=int(attrs.groups),
+            data_layout="NHWC",
+            kernel_layout="OHWI",
+            out_layout="NHWC",
+            out_dtype=attrs.out_dtype,
+        )
+        image = self.builder_.emit(own)
+        size = shape_of(image) or ()
+        return self._with_twin(relax.op.reshape(image, (batch, *size[2:])), (0, 2, 1))
 
     def _transposed_convolution(self, call: Any) -> Any | None:
         data, weight = call.args

@@ -6,6 +6,7 @@ from typing import Any
 
 from modelforge.compilers.tvm.affine import FoldAffine
 from modelforge.compilers.tvm.api import graphs, relax, rewritten, target, tvm
+from modelforge.compilers.tvm.chains import LayerNorms
 from modelforge.compilers.tvm.integer import to_integers
 from modelforge.compilers.tvm.kernels import rewriter
 from modelforge.compilers.tvm.layout import channels_last
@@ -17,7 +18,7 @@ from modelforge.compilers.tvm.simplify import FoldPlain, LongSums, Pairwise, Pla
 def lower(module: Any, machine: Machine) -> Any:
     """Lower to calls of kernels; each that a rule made carries that rule's name (:mod:`.kernels.rule`)."""
     with target(machine):
-        for mutator in (FoldPlain, FoldAffine, Pairwise, LongSums, PlainClip, ForwardShuffles):
+        for mutator in (FoldPlain, LayerNorms, FoldAffine, Pairwise, LongSums, PlainClip, ForwardShuffles):
             module = rewritten(module, mutator)
         module = to_integers(module, machine)
         return to_kernels(channels_last(module), machine)

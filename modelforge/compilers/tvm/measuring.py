@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Bench:
         self._load = load
         self._device = device
         self._own_thread = own_thread
+        self._held: dict[int, Any] = {}
+        self._failed = False
 
     def load(self, executable: Any, inputs: Sequence[Array], entry: str = "main") -> Loaded:
         """Bring a module there.
@@ -70,7 +73,8 @@ class Bench:
 
         def bring() -> Loaded:
             machine = relax.VirtualMachine(self._load(executable), self._device)
-            machine.set_input(entry, *[on_device(array, self._device) for array in inputs])
+            tensors = [on_device(array, self._device) for array in inputs]
+            machine.set_input(entry, *tensors)
 
             def run() -> list[Array]:
                 machine.invoke_stateful(entry)
@@ -83,7 +87,10 @@ class Bench:
 
             machine.invoke_stateful(entry)
             calls = max(1, min(_MOST_CALLS, int(_ROUND / max(seconds(1), 1e-7))))
-            return Loaded(lambda: self._ask(run), lambda calls: self._ask(lambda: seconds(calls)), calls)
+            loaded = Loaded(lambda: self._ask(run), lambda calls: self._ask(lambda: seconds(calls)), calls)
+            self._held[id(loaded)] = (machine, tensors)
+            weakref.finalize(loaded, self._let_go, id(loaded))
+            return loaded
 
         return self._ask(bring)
 
@@ -91,12 +98,26 @@ class Bench:
         try:
             with _patience(self.name):
                 return question()
-        except BuildError:
+        except DeviceFault as fault:
+            self._give_up(fault)
             raise
         except Exception as error:  # TVM's RPC raises RuntimeError, RPCError, InternalError, EOFError, OSError ...
-            raise DeviceFault(f"{self.name} failed: {first_line(error)}", where=self.name, fix=_MEND) from error
+            fault = DeviceFault(f"{self.name} failed: {first_line(error)}", where=self.name, fix=_MEND)
+            self._give_up(fault)
+            raise fault from error
+
+    def _let_go(self, key: int) -> None:
+        if not self._failed:
+            self._held.pop(key, None)
+
+    def _give_up(self, fault: DeviceFault) -> None:
+        """Keep all that lies on the device to the end of the process: what is freed is freed by asking the device, and
+        its answer would be waited for for ever. The fault holds what is on its way (its traceback's frames)."""
+        self._failed = True
+        _KEPT.append((self, fault))
 
 
+_KEPT: Final[list[Any]] = []
 _MEND: Final = "is its rpc_server running, and of the same version of TVM? (docs/guides/tuning.md)"
 
 

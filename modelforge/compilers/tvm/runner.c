@@ -286,7 +286,7 @@ static void parse_entry(Model *model, const char *line, TVMFFIObjectHandle machi
 static void set_threads(const char *line) {
   cpu_set_t set;
   long threads = strtol(line, NULL, 10), usable = threads;
-  char number[16];
+  char number[24];
   if (sched_getaffinity(0, sizeof set, &set) == 0) usable = CPU_COUNT(&set);
   snprintf(number, sizeof number, "%ld", usable < threads ? usable : threads < 1 ? 1 : threads);
   setenv("TVM_NUM_THREADS", number, 0);

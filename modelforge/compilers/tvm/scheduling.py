@@ -64,4 +64,5 @@ def _candidates(function: Any) -> list[Anchored | General]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith(("Error message", "ScheduleError"))), lines[0] if lines else "")[:300]
+    told = [line for line in lines if line.startswith(("Error message", "ScheduleError"))]
+    return (told or lines or [""])[0][:300]

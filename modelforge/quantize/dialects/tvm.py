@@ -1,4 +1,4 @@
-"""TVM for CPUs: bytes between kernels. A kernel computes in float between its int32 sums and the int8 that it stores."""
+"""TVM for CPUs: bytes between kernels, float within one, from its int32 sums to the int8 that it stores."""
 
 from modelforge.quantize.dialects.rules import Dialect
 
@@ -6,12 +6,12 @@ DIALECT = Dialect(
     name="tvm",
     title="TVM Relax",
     signed=True,
-    # The zero point's share of a sum is known when weights are packed, whatever instruction multiplies: it costs nothing.
+    # The zero point's share of a sum is known when weights are packed, whatever multiplies: it costs nothing.
     symmetric=False,
     weighted=frozenset({"Conv", "Gemm", "MatMul"}),
     # The first layer of an image model: about 1 % of the work, and all of its error reaches everything behind it.
     fewest_channels=4,
-    # What a kernel cannot hold in registers should be bytes: the other branch of a residual sum, what is joined or moved.
+    # What is read from memory should be bytes: the other branch of a residual sum, what is joined or moved.
     residual_add=True,
     shared_concat=True,
     carriers=frozenset({"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split"}),

@@ -106,7 +106,7 @@ def _answering(answer: bytes | None) -> Iterator[Device]:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ((0xFF271).to_bytes(4, "little"), devices.READY),
+        ((0xFF271).to_bytes(4, "little") + (8).to_bytes(4, "little") + b"server:k", devices.READY),
         ((0xFF273).to_bytes(4, "little"), "has another key"),
         (b"HTTP", "is no RPC server of TVM's"),
         (b"", "is no RPC server of TVM's"),

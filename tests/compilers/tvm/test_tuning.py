@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from modelforge.compilers.protocol import CompileJob
-from modelforge.compilers.tvm import TvmCompiler, _machine, database, devices, tuning
+from modelforge.compilers.tvm import TvmCompiler, _machine, database, devices, runtime, tuning
 from modelforge.compilers.tvm.devices import Device
 from modelforge.compilers.tvm.measuring import DeviceFault
 from modelforge.errors import BuildError, InputError
 from modelforge.store import Store, digest_file
 from modelforge.target import CpuArchitecture
-from tests.compilers.tvm.models import Built, make_model, this_machine, value
+from modelforge.toolchains import qemu
+from tests.compilers.tvm.models import Built, cortex_a76, make_model, needs_qemu, this_machine, value
 from tests.compilers.tvm.rpc_double import WEIGHT
 
 DOUBLE = Path(__file__).parent / "rpc_double.py"
@@ -64,11 +67,13 @@ def ask(model: Path, tmp_path: Path) -> Ask:
     arch = this_machine().arch
     assert isinstance(arch, CpuArchitecture)
 
+    count = itertools.count()
+
     def make(trials: int = 3, port: int | None = None, **more: Any) -> dict[str, Any]:
         where = {"name": "here"} if port is None else {"name": "bench", "host": "127.0.0.1", "port": port, "key": "k"}
         return {
             "model": str(model),
-            "folder": str(tmp_path / "tvm"),
+            "folder": str(tmp_path / f"tvm-{next(count)}"),
             "inputs": {"x": list(SHAPE)},
             "symbol": None,
             "batches": [1],
@@ -83,11 +88,15 @@ def ask(model: Path, tmp_path: Path) -> Ask:
     return make
 
 
+def _server(*argv: str) -> Any:
+    return _process(sys.executable, *argv)
+
+
 @contextmanager
-def _server(*argv: str) -> Iterator[int]:
+def _process(*argv: str) -> Iterator[int]:
     """A server in a process of its own; gives its port, and kills the whole group at the end."""
     process = subprocess.Popen(
-        [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "TVM_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     try:
@@ -100,6 +109,14 @@ def _server(*argv: str) -> Iterator[int]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def _device(isa: str, folder: Path, *prefix: str) -> Iterator[int]:
+    """The server that `devices server` writes for a device, in C."""
+    program, *_ = runtime.server_files(isa, Store(), folder)
+    with _process(*prefix, str(program), "127.0.0.1", "0", "k") as port:
+        yield port
 
 
 def _double(how: str, first: int = 1) -> Any:
@@ -144,21 +161,47 @@ def test_measures_over_rpc(ask: Ask, rpc_server: int) -> None:
     _assert_measured(tuning.tune(ask(3, rpc_server)), 3)
 
 
-def test_trials_are_a_bound_over_all_kernels_and_candidates_run_out(ask: Ask) -> None:
-    request = ask(100_000)
-    taken = {key: label for key, label in _labels(request).items() if not key.startswith("convolution tile:")}
-    few = tuning.tune({**request, "choices": taken, "trials": 1})
-    assert few["measured"]["measured"] <= 1
+def test_measures_on_the_server_without_python(ask: Ask, tmp_path: Path) -> None:
+    """It outlives clients that hang up, have another key, or are none; the second session is a new process."""
+    arch = this_machine().arch
+    assert isinstance(arch, CpuArchitecture)
+    with _device(arch.isa, tmp_path / "device") as port:
+        there = Device("bench", "127.0.0.1", port, "k")
+        assert devices.ask(there) == devices.READY
+        assert devices.ask(replace(there, key="other")) == "has another key"
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"GET / HTTP/1.1")
+        for _ in range(2):
+            _assert_measured(tuning.tune(ask(2, port)), 2)
 
 
-def _labels(request: dict[str, Any]) -> dict[str, str]:
-    """The untuned pick of every question."""
-    from modelforge.compilers.tvm import choices, lowering
+def test_measures_code_for_another_machine_under_an_emulator(ask: Ask, tmp_path: Path) -> None:
+    """The whole path to an ARM device: cross-compiled, linked, sent, run, compared with what this machine computes."""
+    needs_qemu()
+    emulator = qemu.find()
+    assert emulator is not None
+    arch = cortex_a76().arch
+    assert isinstance(arch, CpuArchitecture)
+    machine = {**_machine(arch), "cores": 1}
+    with _device("aarch64", tmp_path / "device", *emulator.command(cpu="max")) as port:
+        answer = tuning.tune(ask(2, port, machine=machine, isa="aarch64"))
+    _assert_measured(answer, 2)
+    assert answer["measured"]["wrong"] == 0
 
-    module, _, machine = tuning.imported(request)
-    with choices.session(listing=True) as said:
-        lowering.lower(module, machine)
-    return {key: labels[0] for site in said.sites for key, labels in site.asked.items()}
+
+def test_what_an_imported_database_decides_is_not_measured_again(ask: Ask) -> None:
+    decided = _slowest(ask())
+    key = next(key for key in decided if "float32[48,1,1,32]" in key)
+    answer = tuning.tune(ask(2, choices={key: decided[key]}))
+    assert [kernel["geometry"].count("float32[48,1,1,32]") for kernel in answer["kernels"]] == [0]
+
+
+def test_the_search_ends_where_candidates_do(ask: Ask) -> None:
+    """The model of one kernel, whose rule names a few tiles: more trials than there are candidates."""
+    decided = _slowest(ask())
+    keys = [key for key in decided if "float32[48,1,1,32]" not in key]
+    answer = tuning.tune(ask(1000, choices={key: decided[key] for key in keys}))
+    assert 1 <= answer["measured"]["measured"] < 100
 
 
 def _slowest(request: dict[str, Any]) -> dict[str, str]:
@@ -173,23 +216,21 @@ def _slowest(request: dict[str, Any]) -> dict[str, str]:
 
 def test_a_slower_database_is_not_kept(ask: Ask) -> None:
     """Never slower than untuned: what was imported is held against the untuned model, and loses."""
-    request = ask(1)
-    bad = _slowest(request)
-    answer = tuning.tune({**request, "choices": bad})
+    bad = _slowest(ask())
+    answer = tuning.tune(ask(1, choices=bad))
     assert answer["kept"] is False
     assert answer["choices"] == {}
     assert answer["model"][0]["ratio"] > 0.99
     assert "no gain" in answer["reason"]
 
 
-def test_choices_reach_the_code_and_a_stale_one_does_not(ask: Ask, tmp_path: Path) -> None:
+def test_choices_reach_the_code_and_a_stale_one_does_not(ask: Ask) -> None:
     from modelforge.compilers.tvm import worker
 
     bad = _slowest(ask())
     stale = {"convolution tile: nn.conv2d(of another model)": "[1,1,4]"}
-    plain = worker.compile_model({**ask(), "folder": str(tmp_path / "a")})
-    tuned = worker.compile_model({**ask(), "folder": str(tmp_path / "b"), "choices": {**bad, **stale}})
-    again = worker.compile_model({**ask(), "folder": str(tmp_path / "c"), "choices": {**bad, **stale}})
+    plain = worker.compile_model(ask())
+    tuned, again = (worker.compile_model(ask(choices={**bad, **stale})) for _ in range(2))
 
     def tiles(answer: dict[str, Any]) -> list[str]:
         return [kernel["note"] for kernel in answer["kernels"]]

@@ -2,8 +2,8 @@
 
 Idea: a tile of output pixels by a few vectors of output channels stays in registers while the kernel window and the
 input channels are walked; per step one vector of packed weights is loaded per column and one input element per row is
-broadcast. Weights are packed at compile time to [blocks][window][input channels][columns of a tile], so they are read in
-one stream. Bound: two multiply-adds a cycle; the tile is chosen so that loads and latency stay below it.
+broadcast. Weights are packed at compile time to [blocks][window][input channels][columns of a tile], to be read in one
+stream. Bound: two multiply-adds a cycle; the tile is chosen so that loads and latency stay below it.
 
 The sums of a tile never leave registers; the epilogue (bias, activation, residual sum) is applied as they are stored.
 Pixels beyond the output (a tile that does not divide it) are computed from a padded input and cut off.
@@ -37,7 +37,6 @@ from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.loops import neighbours, partition, spread, unroll_tail, vectorize_copy
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.machine import Machine
-
 
 _PLANES: Final = 4
 """Up to so many input channels are read plane by plane: an image's colours lie so when it comes in."""
@@ -88,7 +87,12 @@ def window_of(call: Any) -> Window | None:
     if kernel is None:
         return None
     return Window(
-        shape, kernel[0], kernel[1:3], numbers(attrs.strides), numbers(attrs.padding), numbers(attrs.dilation)
+        shape,
+        kernel[0],
+        (kernel[1], kernel[2]),
+        numbers(attrs.strides),
+        numbers(attrs.padding),
+        numbers(attrs.dilation),
     )
 
 
@@ -140,7 +144,7 @@ class Convolution:
     def _inner(sch: Any, anchor: Any, vectors: int, lanes: int, depth: int) -> None:
         """The sums of one tile: window and input channels outside, pixels and vectors inside.
 
-        Where instructions multiply by one element of a register, ``depth`` input channels of each pixel are loaded at once.
+        Where instructions multiply by one element of a register, ``depth`` channels of each pixel are loaded at once.
         """
         *tile, channel, row, column, inner = sch.get_loops(anchor)[1:]  # the first is shared with the threads
         vector, lane = sch.split(channel, factors=[vectors, lanes])
@@ -190,7 +194,7 @@ def _planes(data: Any, builder: Any) -> Any | None:
 
 
 def _chunked(sch: Any, outer: list[Any], chunk: int, block: Any) -> list[Any]:
-    """The loops around a tile: all tiles of a chunk of rows (or pixels) for one block of channels, then the next block."""
+    """The loops around a tile: all tiles of a chunk of rows (or pixels) for one block of channels, then the next."""
     if chunk == 0:
         return [block, *outer]
     *before, across = outer if len(outer) == 1 else outer[:-1]
@@ -227,16 +231,24 @@ def convolve(
     top, left = window.padding[:2]
     bottom, right = window.padded_for(tall, wide)
     macs = window.data[0] * height * width * window.channels * depth * prod(kernel)
-    attrs = {RULE: Convolution.name, MACS: macs, TILE: [rows, columns, tile.vectors, tile.lanes, _chunk(window, rows, tile, weight, machine)]}
+    attrs = {
+        RULE: Convolution.name,
+        MACS: macs,
+        TILE: [rows, columns, tile.vectors, tile.lanes, _chunk(window, rows, tile, weight, machine)],
+    }
 
     def at(data: Any, n: Any, y: Any, x: Any, c: Any) -> Any:
         return data[n, c, y, x] if planar else data[n, y, x, c]
 
     def compute(data: Any, weight: Any) -> Any:
         if any((top, left, bottom, right)):
-            before, behind = ([0, 0, top, left], [0, 0, bottom, right]) if planar else ([0, top, left, 0], [0, bottom, right, 0])
+            before, behind = (
+                ([0, 0, top, left], [0, 0, bottom, right]) if planar else ([0, top, left, 0], [0, bottom, right, 0])
+            )
             data = topi.nn.pad(data, before, behind, name="pad_input")
-        ry, rx, rc = (te.reduce_axis((0, size), name) for size, name in zip((*kernel, depth), ("ry", "rx", "rc"), strict=True))
+        ry, rx, rc = (
+            te.reduce_axis((0, size), name) for size, name in zip((*kernel, depth), ("ry", "rx", "rc"), strict=True)
+        )
         width_of = tile.columns
         full = te.compute(
             (window.data[0], tall, wide, int(blocks) * width_of),
@@ -249,7 +261,7 @@ def convolve(
             attrs=attrs,
         )
         shape = (window.data[0], height, width, window.channels)
-        return full if tuple(map(int, full.shape)) == shape else te.compute(shape, lambda *i: full(*i), name="crop")
+        return full if tuple(map(int, full.shape)) == shape else te.compute(shape, lambda *i: full(*i), name="crop")  # noqa: PLW0108  # a tensor is no function of its own
 
     return emit_kernel(builder, compute, data, packed, name="convolution", pattern=OUT_FUSIBLE)
 
@@ -264,9 +276,12 @@ def pack(weight: np.ndarray[Any, Any], columns: int) -> np.ndarray[Any, Any]:
 
 
 def _tile(window: Window, machine: Machine, dtype: str) -> tuple[int, tiles.Tile]:
-    """Rows of the image in a tile (0: pixels are not told apart), and the tile over rows x columns pixels."""
+    """Rows of the image in a tile (0: pixels are not told apart), and the tile over rows x columns pixels.
+
+    The batch has no say: entries for several batches then read the same packed weights.
+    """
     height, width = window.size
-    pixels = window.data[0] * height * width
+    pixels = height * width
     if window.flat and height > 1 and width > 1:
         heights = tiles.divisors(pixels, machine)
         tile = tiles.choose(heights, window.channels, machine, dtype)
@@ -283,15 +298,16 @@ def _tile(window: Window, machine: Machine, dtype: str) -> tuple[int, tiles.Tile
 def _chunk(window: Window, rows: int, tile: tiles.Tile, weight: np.ndarray[Any, Any], machine: Machine) -> int:
     """How many steps of the outermost loop over pixels are done for one block of channels before the next block.
 
-    What a chunk reads and writes stays in half of the second-level cache while the blocks pass; all weights pass once per
-    chunk. 0 (one chunk) where the input fits there anyway, or where the weights do not: then each block is read once.
+    What a chunk reads and writes stays in half of the second-level cache while the blocks pass; all weights pass once
+    per chunk. 0 (one chunk) where the input fits there anyway, or where the weights do not: then each block is read once.
     """
     half = machine.l2 // 2
     size = weight.dtype.itemsize
     if prod(window.data) * size <= half or weight.nbytes > half:
         return 0
     pixels = tile.rows if not rows else rows * window.size[1]
-    return max(1, half // (pixels * (window.data[3] * prod(window.strides) + 2 * window.channels) * size))
+    per_pixel = window.data[3] * prod(window.strides) + 2 * window.channels
+    return max(1, half // (pixels * per_pixel * int(size)))
 
 
 def _up(size: int, step: int) -> int:

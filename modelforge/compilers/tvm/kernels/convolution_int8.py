@@ -1,8 +1,9 @@
 """Convolutions of int8, channels last: the same tiles as in float, filled by the machine's integer products.
 
-Idea: ``(q - zero) * w`` summed is ``q * w`` summed less ``zero * sum(w)``, which is known now: activations are multiplied
-as they lie in memory, pads hold the zero point, and the sums of a tile stay in registers until the fused epilogue makes
-the next layer's int8 of them. Where the instruction reads 16 bits, or the input has to be padded, a copy is made first.
+Idea: ``(q - zero) * w`` summed is ``q * w`` summed less ``zero * sum(w)``, which is known now: activations are
+multiplied as they lie in memory, pads hold the zero point, and the sums of a tile stay in registers until the fused
+epilogue makes the next layer's int8 of them. Where the instruction reads 16 bits, or the input has to be padded, a copy
+is made first.
 Bound: one product step per instruction (:mod:`.dot`), two instructions a cycle.
 """
 
@@ -114,7 +115,7 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
             attrs=attrs,
         )
         shape = (window.data[0], height, width, window.channels)
-        return finished(shape, lambda *i: sums(*i), *correction)
+        return finished(shape, sums, *correction)
 
     arguments = [data.stored, packed, *([] if correction is None else [correction])]
     return emit_kernel(builder, compute, *arguments, name="convolution_int8", pattern=OUT_FUSIBLE)

@@ -1,13 +1,14 @@
 """Kernels that only move elements: concatenations, slices, transposes, nearest and linear resizing.
 
-Idea: the vectors of one row are written out, so that a test of which input of a concatenation they come from is decided
-when code is generated; a transpose goes tile by tile, so that each cache line is read once while it is in the first-level
-cache; positions of a resize are computed at compile time. Bound: the bytes read and written.
+Idea: the vectors of one row are written out, so that a test of which input of a concatenation they come from is
+decided when code is generated; a transpose goes tile by tile, so that each cache line is read once while it is in the
+first-level cache; positions of a resize are computed at compile time. Bound: the bytes read and written.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, Final
 
@@ -113,14 +114,12 @@ class Resize:
         rows = str(attrs.layout).index("H")
         sizes = [(shape[axis], out[axis]) for axis in (rows, rows + 1)]
         places = [_places(have, want, str(attrs.coordinate_transformation_mode)) for have, want in sizes]
-        if places[0] is None or places[1] is None:
+        if any(place is None for place in places):
             return None
         if str(attrs.method) == "nearest_neighbor":
-            found = [
-                _nearest(place, have, str(attrs.rounding_method))
-                for place, (have, _) in zip(places, sizes, strict=True)
-            ]
-            if found[0] is None or found[1] is None:
+            method = str(attrs.rounding_method)
+            found = [_nearest(place, have, method) for place, (have, _) in zip(places, sizes, strict=True)]
+            if any(order is None for order in found):
                 return None
             return _emit_nearest(data, out, rows, found, builder)
         if str(attrs.method) != "linear":
@@ -132,7 +131,7 @@ class Resize:
 
 
 def _places(have: int, want: int, mode: str) -> np.ndarray[Any, Any] | None:
-    """Where each output element lies in the input (ONNX, operator Resize), in single precision as runtimes compute it."""
+    """Where each output element lies in the input (ONNX, operator Resize), in single precision as runtimes do."""
     at, scale = np.arange(want, dtype="float32"), np.float32(have / want)
     if mode == "half_pixel" or (mode == "pytorch_half_pixel" and want > 1):
         return (at + np.float32(0.5)) * scale - np.float32(0.5)
@@ -145,8 +144,10 @@ def _places(have: int, want: int, mode: str) -> np.ndarray[Any, Any] | None:
     return (at + np.float32(0.5)) * scale if mode == "tf_half_pixel_for_nn" else None
 
 
-def _nearest(places: np.ndarray[Any, Any], have: int, method: str) -> np.ndarray[Any, Any] | None:
+def _nearest(places: np.ndarray[Any, Any] | None, have: int, method: str) -> np.ndarray[Any, Any] | None:
     """The nearest element of each place. A place next to a whole number is that number: scales are not exact."""
+    if places is None:
+        return None
     whole = np.rint(places)
     places = np.where(np.abs(places - whole) < 1e-5, whole, places)
     rounded = {
@@ -201,9 +202,9 @@ def _emit_linear(data: Any, out: tuple[int, ...], rows: int, places: list[Any], 
 def _position(order: np.ndarray[Any, Any]) -> tuple[Any, list[Any]]:
     """A function of an output's index (and a table) for the input's, and the table if arithmetic does not give it."""
     count = len(order)
-    for step in {int(count // (order.max() + 1)), 1}:
-        if step and np.array_equal(order, np.arange(count) // step):
-            return (lambda at, _: at // step if step > 1 else at), []
+    step = max(1, int(count // (order.max() + 1)))
+    if np.array_equal(order, np.arange(count) // step):
+        return (lambda at, _: at // step if step > 1 else at), []
     return (lambda at, table: tirx.Cast("int32", table[at])), [relax.const(order.astype("int32"))]
 
 
@@ -228,7 +229,7 @@ class Split:
             cuts = [min(size, step * part) for part in range(int(sections) + 1)]
         parts = [
             builder.emit(relax.op.strided_slice(data, [axis], [start], [end], assume_inbound=True))
-            for start, end in zip(cuts[:-1], cuts[1:], strict=True)
+            for start, end in pairwise(cuts)
         ]
         return relax.Tuple(parts)
 

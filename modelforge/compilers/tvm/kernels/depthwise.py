@@ -97,8 +97,8 @@ def convolve(
 ) -> Any:
     """Emit the convolution of ``data`` (NHWC) with ``weight`` (OHW1).
 
-    With a ``zero`` point, ``data`` is quantized, and ``data - zero`` is widened to the type of ``weight`` as it is padded;
-    int16 is summed in int32.
+    With a ``zero`` point, ``data`` is quantized, and ``data - zero`` is widened to the type of ``weight`` as it is
+    padded; int16 is summed in int32.
     """
     batch, _, _, groups = window.data
     times = window.channels // groups
@@ -131,7 +131,7 @@ def convolve(
             attrs=attrs,
         )
         shape = (batch, *window.size, window.channels)
-        return sums if tuple(map(int, sums.shape)) == shape else te.compute(shape, lambda *i: sums(*i), name="crop")
+        return sums if tuple(map(int, sums.shape)) == shape else te.compute(shape, lambda *at: sums[at], name="crop")
 
     return emit_kernel(builder, compute, data, relax.const(packed), name="depthwise", pattern=OUT_FUSIBLE)
 
@@ -139,7 +139,8 @@ def convolve(
 def _padded(
     data: Any, padding: tuple[int, int, int, int], times: int, channels: int, dtype: str, zero: int | None
 ) -> Any:
-    """``data`` (less its ``zero`` point) with zeros around it, every channel repeated ``times`` times, and zero channels up to ``channels``."""
+    """``data`` (less its ``zero`` point) with zeros around it, each channel repeated ``times`` times, and zero channels
+    up to ``channels``."""
     batch, height, width, depth = (int(size) for size in data.shape)
     top, left, bottom, right = padding
 
@@ -156,7 +157,7 @@ def _padded(
 
 @dataclass(frozen=True)
 class _Tile:
-    """``columns`` pixels by ``vectors`` of ``lanes`` channels in registers; padding is written for ``rows`` of output."""
+    """``columns`` pixels by ``vectors`` of ``lanes`` channels in registers; padding is written for ``rows`` at once."""
 
     rows: int
     columns: int
@@ -166,8 +167,7 @@ class _Tile:
 
 def _tile(window: Window, machine: Machine, dtype: str) -> _Tile:
     """The tile with the least cost per sum: the pipes, the latency, weights that are loaded again, and the waste."""
-    height, width = window.size
-    taps = prod(window.kernel)
+    width, taps = window.size[1], prod(window.kernel)
     best: tuple[float, int, int, int] | None = None
     for lanes in _lanes(window.channels, machine.lanes(dtype)):
         for vectors in range(1, 5):

@@ -1,8 +1,9 @@
 """Depthwise convolutions of int8: no dot product sums over a window, so the window is summed in a wider type.
 
-Idea: the kernel of :mod:`.depthwise`. What pads the image for a block of rows also widens it, once for each value and not
-once for each tap: to float32 on x86, whose multiply-adds take an operand from memory (exact: sums stay below 2 ** 24);
-to int16 on Arm, where SMLAL adds products of int16 to int32 sums. Bound: as in float, with a quarter of its bytes.
+Idea: the kernel of :mod:`.depthwise`. What pads the image for a block of rows also widens it, once for each value and
+not once for each tap: to float32 on x86, whose multiply-adds take an operand from memory (exact: sums stay below
+2 ** 24); to int16 on Arm, where SMLAL adds products of int16 to int32 sums. Bound: as in float, with a quarter of its
+bytes.
 """
 
 from __future__ import annotations

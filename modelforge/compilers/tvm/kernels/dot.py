@@ -120,7 +120,7 @@ def store_products(
     pads: list[Any],
     machine: Machine,
 ) -> None:
-    """Schedule sums from the loops of their result: ``outer`` ones (``block`` among them) around ``tile`` and ``column``.
+    """Schedule sums from the loops of their result: ``outer`` (``block`` among them) around ``tile`` and ``column``.
 
     The sums of a tile stay in registers; columns that do not fill a vector are stored in a copy of the loop.
     """

@@ -1,8 +1,8 @@
 """One plain schedule for every kernel: tiles held in registers, vectors along the last axis, threads outside.
 
-No measurement and no per-model constant. Elements that do not fill a vector at the end of an axis are done one by one, in
-a loop of their own. What has no vectors at all is named "scalar" in the report: a search for a position, a reduction to
-one number of a type that no other rule takes, or an axis shorter than a vector.
+No measurement and no per-model constant. Elements that do not fill a vector at the end of an axis are done one by one,
+in a loop of their own. What has no vectors at all is named "scalar" in the report: a search for a position, a reduction
+to one number of a type that no other rule takes, or an axis shorter than a vector.
 """
 
 from __future__ import annotations

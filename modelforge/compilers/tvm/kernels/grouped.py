@@ -1,9 +1,9 @@
 """Convolutions of several groups with several channels each, channels last.
 
-Idea: every group is a small convolution, and its sums are held in registers as a convolution's are; the groups are one
-more loop outside. A group's channels are padded to whole vectors in the weights, and the padding is left out where tiles
-are stored. A channel shuffle before the convolution costs nothing: one input element is broadcast at a time, so their
-order is only an index. Bound: as for convolutions, times the padding of a group's channels.
+Idea: every group is a small convolution, and its sums are held in registers as a convolution's are; the groups are
+one more loop outside. A group's channels are padded to whole vectors in the weights, and the padding is left out where
+tiles are stored. A channel shuffle before the convolution costs nothing: one input element is broadcast at a time, so
+their order is only an index. Bound: as for convolutions, times the padding of a group's channels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Grouped:
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
-        # What follows is drawn into the block that knows the groups: seen from the joined channels, tiles would overlap.
+        # What follows is drawn into the block that knows the groups: over joined channels tiles would overlap.
         (out,) = sch.get_consumers(anchor)
         before, after = neighbours(sch, out, machine)
         for block in after:
@@ -100,9 +100,10 @@ def _unroll_stores(sch: Any, loops: list[Any], share: int, lanes: int) -> None:
 def _unshuffled(data: Any, builder: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The data before a shuffle of its channels, and which of its channels each one is."""
     bound = builder.lookup_binding(data) if isinstance(data, relax.Var) else None
-    if op_name(bound) != "relax.take" or int(bound.attrs.axis) != 3:
+    if bound is None or op_name(bound) != "relax.take" or int(bound.attrs.axis) != 3:
         return data, lambda channel: channel
-    indices, channels = bound.args[1], (shape_of(bound.args[0]) or (0,))[-1]
+    source, indices = bound.args
+    channels = (shape_of(source) or (0,))[-1]
     if isinstance(indices, relax.Var):
         indices = builder.lookup_binding(indices)
     order = constant_value(indices) if is_constant(indices) else np.zeros(0)
@@ -112,7 +113,7 @@ def _unshuffled(data: Any, builder: Any) -> tuple[Any, Callable[[Any], Any]]:
     if step == 0 or channels % step or not np.array_equal(order, np.arange(channels).reshape(-1, step).T.ravel()):
         return data, lambda channel: channel
     parts = channels // step
-    return bound.args[0], lambda channel: channel % parts * step + channel // parts
+    return source, lambda channel: channel % parts * step + channel // parts
 
 
 def _convolve(
@@ -153,7 +154,7 @@ def _convolve(
             attrs=attrs,
         )
         shape = (window.data[0], height, width, groups, share)
-        parts = te.compute(shape, lambda *at: full(*at), name="groups")
+        parts = te.compute(shape, lambda *at: full[at], name="groups")
         return te.compute(
             (*shape[:3], window.channels), lambda n, y, x, c: parts[n, y, x, c // share, c % share], name="joined"
         )

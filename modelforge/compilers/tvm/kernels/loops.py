@@ -15,9 +15,9 @@ PARALLEL_WORK: Final = 16384
 def neighbours(sch: Any, anchor: Any, machine: Machine) -> tuple[list[Any], list[Any]]:
     """The blocks before and after the main one, after all that can be inlined has been: pads before, one block after.
 
-    What stands before is merged into its readers except padding and what reduces, what stands after into the last. Where
-    a result is broadcast (the factors of a squeeze-and-excitation over an image), the larger part is a loop of its own,
-    scheduled here: the rule shall not compute its sums again for every pixel.
+    What stands before is merged into its readers except padding and what reduces, what stands after into the last.
+    Where a result is broadcast (the factors of a squeeze-and-excitation over an image), the larger part is a loop of
+    its own, scheduled here: the rule shall not compute its sums again for every pixel.
     """
     own = block_name(sch, anchor)
     names = [block_name(sch, block) for block in blocks(sch)]

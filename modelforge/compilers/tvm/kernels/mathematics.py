@@ -118,15 +118,16 @@ def log(x: Any) -> Any:
 
 def softplus(x: Any) -> Any:
     """log(1 + e to the x) = max(x, 0) + log(1 + e to the -|x|): within 2e-7 of it, absolutely."""
-    magnitude = lambda x: tirx.max(x, -x)  # noqa: E731  # a formula
-    return let(
-        x,
-        lambda x: tirx.max(x, number(0.0)) + _log(number(1.0) + exp_of_negative(-magnitude(x))),
-    )
+
+    def rest(x: Any) -> Any:
+        return log(number(1.0) + exp_of_negative(-tirx.max(x, -x)))
+
+    return let(x, lambda x: tirx.max(x, number(0.0)) + rest(x))
 
 
 def power(x: Any, exponent: float) -> Any | None:
-    """x to a constant, by products, a square root and one division (NaN for half powers of -inf); None for other exponents."""
+    """x to a constant, by products, a square root and one division; None for other exponents. NaN for half powers of
+    minus infinity."""
     if exponent == 0:
         return number(1.0)
     if exponent < 0:

@@ -1,8 +1,8 @@
 """Matrix products of int8 with constant weights, 1x1 convolutions among them.
 
 Idea: the tiles of :mod:`.matmul`, filled by the machine's integer products (:mod:`.dot`); all leading axes of the data
-count as rows. Few rows take more vectors of columns, so that enough sums are in flight; one row is bound by the bytes of
-the weights, a quarter of those in float.
+count as rows. Few rows take more vectors of columns, so that enough sums are in flight. Bound: as of convolutions; one
+row is bound by the bytes of the weights, a quarter of those in float.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from modelforge.compilers.tvm.api import (
 from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
-from modelforge.compilers.tvm.kernels.matmul import flat_index, split_index
+from modelforge.compilers.tvm.kernels.views import flat_index, split_index
 from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.machine import Machine
@@ -100,9 +100,7 @@ def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, mach
             name="sums",
             attrs=attrs,
         )
-        return finished(
-            (*leading, columns), lambda *i: sums(flat_index(i[:-1], tuple(leading)), i[-1]), *correction
-        )
+        return finished((*leading, columns), lambda *i: sums(flat_index(i[:-1], tuple(leading)), i[-1]), *correction)
 
     arguments = [data.stored, packed, *([] if correction is None else [correction])]
     return emit_kernel(builder, compute, *arguments, name="matmul_int8", pattern=OUT_FUSIBLE)

@@ -1,9 +1,9 @@
 """Maxima and means over windows, channels last, and over whole images.
 
-Idea: a window is taken in two steps, first down its rows into one line of the image that stays in the first-level cache,
-then across that line, so a window of k by k costs 2k steps, not k*k. Vectors run over channels. A maximum needs no
-padding: a row beyond the edge is replaced by the edge row, which is in the window already. A mean over the image keeps
-several sums in flight, since one sum would wait for the latency of each addition. Bound: reading the image once.
+Idea: a window is taken in two steps, first down its rows into one line of the image that stays in the first-level
+cache, then across that line, so a window of k by k costs 2k steps, not k*k. Vectors run over channels. A maximum needs
+no padding: a row beyond the edge is replaced by the edge row, which is in the window already. A mean over the image
+keeps several sums in flight, since one sum would wait for the latency of each addition. Bound: reading the image once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from modelforge.compilers.tvm.machine import Machine
 
 _UNROLLED: Final = 64
 """Steps of a tile that are written out."""
+_SHARED: Final = 1 << 16
+"""Elements of an image that several threads sum up: fewer are summed before threads wake."""
 _SUMS: Final = 8
 """Sums in flight that hide the latency of an addition: four cycles, two a cycle."""
 
@@ -182,7 +184,7 @@ def _pool(window: _Window, data: Any, builder: Any, machine: Machine) -> Any:
             attrs=attrs,
         )
         if window.maximum:
-            return full if wide == window.out[2] else te.compute(window.out, lambda *at: full(*at), name="crop")
+            return full if wide == window.out[2] else te.compute(window.out, lambda *at: full[at], name="crop")
         if shares is None:
             share = tirx.const(float(1 / (window.counts(0)[0] * window.counts(1)[0])), dtype)
             return te.compute(window.out, lambda *at: full(*at) * share, name="mean")
@@ -264,11 +266,8 @@ def reduce_image(data: Any, kind: str, keepdims: bool, builder: Any, machine: Ma
     batch, height, width, channels = shape_of(data) or ()
     lanes = gcd(channels, machine.lanes(dtype))
     pixels = height * width
-    chunks = max(
-        size
-        for size in range(1, machine.cores + 1)
-        if pixels % size == 0 and (size == 1 or pixels * channels >= 1 << 16)
-    )
+    threads = machine.cores if pixels * channels >= _SHARED else 1
+    chunks = max(size for size in range(1, threads + 1) if pixels % size == 0)
     vectors, beside = _sums(pixels // chunks, channels // lanes)
     steps = pixels // chunks // beside
     combine = te.max if kind == "max" else te.sum

@@ -1,6 +1,6 @@
 """Quantized activations as rules see them: what lies in memory, its zero point, and what a product instruction reads.
 
-The graph says ``astype(q, int16) - zero_point`` where a sum over int8 stands: true arithmetic, which the rules read back.
+The graph says ``astype(q, int16) - zero_point`` where a sum over int8 stands: true arithmetic, which rules read back.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Softmax, layer norm and reductions over the last axes: a row at a time, in cache, by vectors.
 
-Idea: LLVM may not reorder sums of floats, so the order is written here: a row is read in steps of a few vectors, each lane
-of each vector has a partial result of its own, and a tree of halves joins them, with what is left over beside. The stages
-of one row follow each other (maximum, exponentials, sum, division), so that all but the first find it in the first-level
-cache. Bound: the bytes of a row, read and written once.
+Idea: LLVM may not reorder sums of floats, so the order is written here: a row is read in steps of a few vectors, each
+lane of each vector has a partial result of its own, and a tree of halves joins them, with what is left over beside. The
+stages of one row follow each other (maximum, exponentials, sum, division), so that all but the first find it in the
+first-level cache. Bound: the bytes of a row, read and written once.
 """
 
 from __future__ import annotations

@@ -16,9 +16,13 @@ TILE = "modelforge.tile"
 class Anchored(Protocol):
     """A rule for an operator: its kernels are known by the annotation ``RULE`` of their main block."""
 
-    name: str
-    operators: tuple[str, ...]
-    """Relax operators that :meth:`rewrite` is asked about."""
+    @property
+    def name(self) -> str:
+        """What the report calls the rule."""
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """Relax operators that :meth:`rewrite` is asked about."""
 
     def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
         """Return what stands for the call, or None where the rule does not apply. ``call`` has constants resolved."""
@@ -30,7 +34,9 @@ class Anchored(Protocol):
 class General(Protocol):
     """A rule for kernels by their form alone."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the report calls the rule."""
 
     def schedule(self, sch: Any, machine: Machine) -> str | None:
         """Schedule the kernel and say how, or return None (having changed nothing) where its form is another."""

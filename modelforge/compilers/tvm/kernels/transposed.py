@@ -148,7 +148,7 @@ def _convolve(phases: _Phases, weight: np.ndarray[Any, Any], data: Any, builder:
         per_phase = per_phase.reshape(1, -1, *per_phase.shape[2:])
     packed = np.stack([pack(values, tile.columns) for values in per_phase])
     packed = packed.reshape(*((1, 1) if together else phases.strides), *packed.shape[1:])
-    tall, broad = -(-phases.size[0] // high), -(-(-(-phases.size[1] // wide)) // tile.rows) * tile.rows
+    tall, broad = -(-phases.size[0] // high), -(-phases.size[1] // (wide * tile.rows)) * tile.rows
     before = (rows - 1, columns - 1)
     after = [
         max(0, size + (stride - 1 + pad) // stride - have)
@@ -214,8 +214,8 @@ def _tile(phases: _Phases, machine: Machine, dtype: str) -> tuple[bool, tiles.Ti
     vectors = columns // lanes
     if phases.same_pixel and phases.groups == 1 and lanes >= min(4, columns) and vectors * 3 + 1 <= machine.registers:
         most = min((machine.registers - 1 - vectors) // vectors, 16)
-        heights = [rows for rows, _ in tiles.padded(width, machine) if rows <= most]
-        best = min(heights, key=lambda rows: -(-width // rows) * rows / width * (1 + 1 / (rows * vectors)))
+        fitting = [rows for rows, _ in tiles.padded(width, machine) if rows <= most]
+        best = min(fitting, key=lambda rows: -(-width // rows) * rows / width * (1 + 1 / (rows * vectors)))
         return True, tiles.Tile(best, vectors, lanes)
     # The phases of a row lie side by side in the tile; each reads weights of its own, so some registers are left free.
     beside = phases.strides[1]

@@ -1,7 +1,7 @@
 """Operands read where they lie: a permutation, reshape or slice before a product is an index, not a copy.
 
-Exporters cut queries, keys and values out of one matrix and turn their axes; a kernel that reads the matrix itself saves
-a pass over memory for each such step. A factor that is one number for all elements is taken out, for the result.
+Exporters cut queries, keys and values out of one matrix and turn their axes; a kernel that reads the matrix itself
+saves a pass over memory for each such step. A factor that is one number for all elements is taken out, for the result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from modelforge.compilers.tvm.api import constant_value, is_constant, numbers, op_name, relax, shape_of
+from modelforge.compilers.tvm.api import computed_by, constant_value, is_constant, numbers, op_name, relax, shape_of
 
 Index = tuple[Any, ...]
 """A position: integers, arrays of them, or TVM's expressions."""
@@ -73,7 +73,7 @@ def _after(outer: Callable[[Index], Index], inner: Callable[[Index], Index]) -> 
 
 def _step(expression: Any, builder: Any) -> _Step | None:
     """What an expression was computed from, where its index goes there, and by which factor."""
-    call = builder.lookup_binding(expression) if isinstance(expression, relax.Var) else None
+    call = computed_by(expression, builder) if isinstance(expression, relax.Var) else None
     if call is None:
         return None
     if isinstance(call, relax.TupleGetItem):
@@ -124,15 +124,12 @@ def _sliced(call: Any, source: Any, _: Any, __: Any) -> _Step | None:
 
 def _split(item: Any, builder: Any) -> _Step | None:
     """One of the equal or listed parts that a tensor is cut into."""
-    tuple_value = item.tuple_value
-    call = builder.lookup_binding(tuple_value) if isinstance(tuple_value, relax.Var) else tuple_value
+    call = computed_by(item.tuple_value, builder)
     if op_name(call) != "relax.split" or (source := shape_of(call.args[0])) is None:
         return None
     cuts, axis, part = call.attrs.indices_or_sections, int(call.attrs.axis) % len(source), int(item.index)
-    if hasattr(cuts, "__len__"):
-        begin = (0, *numbers(cuts))[part]
-    else:
-        begin = part * -(-source[axis] // int(cuts))
+    listed = hasattr(cuts, "__len__")
+    begin = (0, *numbers(cuts))[part] if listed else part * -(-source[axis] // int(cuts))
     return call.args[0], lambda index: (*index[:axis], index[axis] + begin, *index[axis + 1 :]), 1.0
 
 
@@ -146,9 +143,8 @@ def _scaled(call: Any, source: Any, shape: Any, builder: Any) -> _Step | None:
 
 
 def _constant(expression: Any, builder: Any) -> Any:
-    if isinstance(expression, relax.Var):
-        expression = builder.lookup_binding(expression)
-    return constant_value(expression) if expression is not None and is_constant(expression) else None
+    value = computed_by(expression, builder)
+    return constant_value(value) if value is not None and is_constant(value) else None
 
 
 _STEPS: Final[dict[str, Callable[[Any, Any, Any, Any], _Step | None]]] = {

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any, Final
 
+import numpy as np
+
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
     annotations,
@@ -63,8 +65,7 @@ class Winograd:
         plan = chosen("plan", plans[0], lambda: plans[1:])
         if plan is None:
             return None
-        weight = constant_value(call.args[1]).transpose(0, 3, 1, 2)  # a stream: all that one channel's transform reads
-        packed = relax.const(pack(weight, plan.tile.columns))
+        packed = relax.const(_pack(constant_value(call.args[1]), plan.tile))
         describe = _describe(window, plan)
         return emit_kernel(builder, describe, call.args[0], packed, name="winograd", pattern=OUT_FUSIBLE)
 
@@ -83,8 +84,14 @@ class Winograd:
         return f"{rows}x{vectors * lanes}, {group} tiles, {depth} deep"
 
 
+def _pack(weight: np.ndarray[Any, Any], tile: tiles.Tile) -> np.ndarray[Any, Any]:
+    """[O, 3, 3, I] to [blocks, I, vectors, 3, 3, lanes]: one stream, in the order in which weights are transformed."""
+    blocks = pack(weight.transpose(0, 3, 1, 2), tile.columns)
+    return np.ascontiguousarray(np.moveaxis(blocks.reshape(*blocks.shape[:-1], tile.vectors, tile.lanes), -2, 2))
+
+
 def _describe(window: Window, plan: Plan) -> Callable[..., Any]:
-    """The kernel as tensor expressions of ``data`` (NHWC) and ``weight`` [blocks, input channels, 3, 3, columns]."""
+    """The kernel as tensor expressions of ``data`` (NHWC) and ``weight`` as of :func:`_pack`."""
 
     def compute(data: Any, weight: Any) -> Any:
         return _results(_products(_patches(data, window, plan), _weights(weight), window, plan), window, plan)
@@ -120,10 +127,11 @@ def _patches(data: Any, window: Window, plan: Plan) -> Any:
 
 def _weights(weight: Any) -> Any:
     """G g G^T of every pair of channels: [blocks, 6, 6, input channels, columns]."""
-    blocks, channels, _, _, columns = weight.shape
+    blocks, channels, vectors, _, _, lanes = map(int, weight.shape)
+    columns = vectors * lanes
     weight_rows = te.compute(
         (blocks, IN, 3, channels, columns),
-        lambda b, i, j, c, o: _weight(i, lambda k: weight[b, c, k, j, o]),
+        lambda b, i, j, c, o: _weight(i, lambda k: weight[b, c, o // lanes, k, j, o % lanes]),
         name="weight_rows",
     )
     return te.compute(

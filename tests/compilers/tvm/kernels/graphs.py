@@ -21,7 +21,9 @@ Graph = Callable[..., Any]
 
 def here() -> Machine:
     """A machine whose code runs on this one."""
-    plain = Machine(f"{platform.machine()}-linux-gnu", "x86-64" if platform.machine() == "x86_64" else "generic", (), 2, 128)
+    plain = Machine(
+        f"{platform.machine()}-linux-gnu", "x86-64" if platform.machine() == "x86_64" else "generic", (), 2, 128
+    )
     return next((machine for machine in (AVX512, AVX2) if runs_here(machine)), plain)
 
 

@@ -67,9 +67,7 @@ def test_agrees_to_one_step(
 ) -> None:
     if any((side - 1) * dilation + 1 > length + 2 * pad for side, length in zip(kernel, size, strict=True)):
         return
-    layers, scale = layer(
-        (batch, inputs, *size), channels, kernel, stride, pad, dilation, zero, activation=activation
-    )
+    layers, scale = layer((batch, inputs, *size), channels, kernel, stride, pad, dilation, zero, activation=activation)
     x = layers.rng.normal(size=layers.shape).astype(np.float32)
     model = layers.model()
     executable, reports = compiled(model, machine)

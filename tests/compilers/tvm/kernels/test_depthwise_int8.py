@@ -1,4 +1,4 @@
-"""Depthwise convolutions of int8 agree with the QDQ model to one step of the output, for any window and every machine."""
+"""Depthwise convolutions of int8 agree with the QDQ model to one step, for any window and every machine."""
 
 from __future__ import annotations
 

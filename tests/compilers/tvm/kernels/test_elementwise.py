@@ -104,7 +104,7 @@ def test_half_precision_goes_through_single() -> None:
     np.testing.assert_allclose(result, 1 / (1 + np.exp(-data.astype(np.float64))), rtol=1e-3, atol=1e-4)
 
 
-def test_functions_of_functions_are_one_kernel() -> None:
+def test_two_functions_are_one_kernel_and_a_third_begins_another() -> None:
     (data,) = arrays((7, 45))
 
     def mish(emit: Any, x: Any) -> Any:
@@ -112,7 +112,8 @@ def test_functions_of_functions_are_one_kernel() -> None:
         return op.multiply(x, emit(op.tanh(inner)))
 
     result, reports = run(mish, [data])
-    assert len(rules(reports)) == 1
+    # Each function more in one expression takes twenty times as long to compile.
+    assert len(rules(reports)) == 2
     wide = data.astype(np.float64)
     np.testing.assert_allclose(result, wide * np.tanh(np.log1p(np.exp(wide))), rtol=1e-5, atol=1e-6)
 

@@ -15,7 +15,9 @@ from tests.compilers.tvm.kernels.integer_layers import Layers, compiled, referen
 from tests.compilers.tvm.kernels.machines import AVX2, AVX512, MACHINES, runnable
 
 
-def product(leading: tuple[int, ...], inner: int, columns: int, zero: int = 0, op: str = "MatMul") -> tuple[Layers, float]:
+def product(
+    leading: tuple[int, ...], inner: int, columns: int, zero: int = 0, op: str = "MatMul"
+) -> tuple[Layers, float]:
     """Q, DQ, MatMul and Add (or Gemm with transB), Relu, Q, DQ, and the scale of the last Q."""
     layers = Layers((*leading, inner))
     layers.quantize(0.02, zero)

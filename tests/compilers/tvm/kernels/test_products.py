@@ -1,4 +1,4 @@
-"""Products of two activations: right for every shape and batch, read through slices and permutations, on every machine."""
+"""Products of two activations: right for every shape and batch, read through slices, on every machine."""
 
 from __future__ import annotations
 

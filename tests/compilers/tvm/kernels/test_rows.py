@@ -111,3 +111,35 @@ def test_applies_on_every_machine(machine: Machine, case: str) -> None:
 def test_a_step_is_a_power_of_two_that_fits() -> None:
     assert [row_of(length, AVX512).step for length in (1, 5, 16, 40, 64, 6625)] == [1, 4, 16, 32, 64, 64]
     assert row_of(6625, CORTEX_A76).step == 16
+
+
+@pytest.mark.parametrize("by_power", [True, False])
+def test_layer_norm_in_pieces_is_one_kernel(by_power: bool) -> None:
+    (data,) = arrays((2, 9, 40))
+
+    def graph(emit: Any, x: Any) -> Any:
+        op = relax.op
+        rest = emit(op.subtract(x, emit(op.mean(x, axis=[-1], keepdims=True))))
+        squared = emit(op.power(rest, relax.const(2.0, "float32")) if by_power else op.multiply(rest, rest))
+        mean = emit(op.mean(squared, axis=[-1], keepdims=True))
+        deviation = emit(op.sqrt(emit(op.add(mean, relax.const(1e-5, "float32")))))
+        scaled = emit(op.multiply(emit(op.divide(rest, deviation)), relax.const(np.full(40, 2.0, np.float32))))
+        return op.add(scaled, relax.const(np.full(40, 0.5, np.float32)))
+
+    result, reports = run(graph, [data])
+    assert list(rules(reports).values()) == ["rows"]
+    np.testing.assert_allclose(result, norm(data) * 2 + 0.5, rtol=2e-5, atol=2e-5)
+
+
+def test_a_division_that_is_no_layer_norm_stays_one() -> None:
+    (data,) = arrays((4, 24))
+
+    def graph(emit: Any, x: Any) -> Any:
+        op = relax.op
+        rest = emit(op.subtract(x, emit(op.mean(x, axis=[-1], keepdims=True))))
+        mean = emit(op.mean(emit(op.multiply(x, x)), axis=[-1], keepdims=True))  # of x, not of the rest
+        return op.divide(rest, emit(op.sqrt(emit(op.add(mean, relax.const(1e-5, "float32"))))))
+
+    result, _ = run(graph, [data])
+    expected = (data - data.mean(-1, keepdims=True)) / np.sqrt((data * data).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(result, expected, rtol=2e-5, atol=2e-5)
