@@ -12,8 +12,12 @@ _READ_THROUGH: Final = frozenset("relax." + name for name in ("astype", "subtrac
 
 
 def geometry(call: Any) -> str:
-    """The operator, the types and sizes of what it reads, its attributes: ``nn.conv2d(float32[1,8,8,4], …)``."""
-    reads = ", ".join(_said(argument) for argument in call.args)
+    """The operator, the types and sizes of what it reads, its attributes: ``nn.conv2d(float32[*,8,8,4], …)``.
+
+    The batch of an image is left out: one answer for all batches, or each entry would have packed weights of its own.
+    """
+    image = "data_layout" in attributes(call)
+    reads = ", ".join(_said(argument, image and not place) for place, argument in enumerate(call.args))
     said = attributes(call)
     return f"{op_name(call).removeprefix('relax.')}({reads}{', ' if said else ''}{said})"
 
@@ -81,6 +85,9 @@ def _epilogue(value: Any, builder: Any) -> Any:
     return value
 
 
-def _said(argument: Any) -> str:
+def _said(argument: Any, batched: bool) -> str:
     shape = shape_of(argument)
-    return str(argument) if shape is None else f"{dtype_of(argument)}{list(shape)}".replace(" ", "")
+    if shape is None:
+        return str(argument)
+    sizes = ["*", *shape[1:]] if batched else shape
+    return f"{dtype_of(argument)}[{','.join(map(str, sizes))}]"

@@ -51,10 +51,10 @@ class LayerNorms(Mutator):  # type: ignore[misc]  # TVM ships no types
     def _rest(self, expression: Any) -> tuple[Any, tuple[int, ...]] | None:
         """``x`` and the axes of x - mean(x)."""
         rest = self._call(expression, "subtract")
-        mean = self._mean(rest.args[1]) if rest is not None else None
-        if mean is None or not mean[0].same_as(rest.args[0]):
+        if rest is None:
             return None
-        return mean
+        mean = self._mean(rest.args[1])
+        return mean if mean is not None and mean[0].same_as(rest.args[0]) else None
 
     def _mean(self, expression: Any) -> tuple[Any, tuple[int, ...]] | None:
         """What a mean over the last axes, kept as ones, is taken of, and those axes."""
@@ -69,10 +69,11 @@ class LayerNorms(Mutator):  # type: ignore[misc]  # TVM ships no types
         """``d``, epsilon and the axes of sqrt(mean(d squared) + epsilon)."""
         root = self._call(expression, "sqrt")
         total = self._call(root.args[0], "add") if root is not None else None
-        epsilon = self._number(total.args[1]) if total is not None else None
-        mean = self._mean(total.args[0]) if epsilon is not None else None
+        if total is None:
+            return None
+        epsilon, mean = self._number(total.args[1]), self._mean(total.args[0])
         squared = self._squared(mean[0]) if mean is not None else None
-        return (squared, epsilon, mean[1]) if squared is not None and epsilon is not None and mean is not None else None
+        return None if epsilon is None or mean is None or squared is None else (squared, epsilon, mean[1])
 
     def _squared(self, expression: Any) -> Any:
         power = self._call(expression, "power")

@@ -2,7 +2,7 @@
 
 Two passes. :class:`Integers`: sums over quantized activations and weights become int32 sums, and what only moves
 values moves bytes. :class:`Requantize`: each remaining Q and DQ becomes a multiply-add, folded into the constants
-beside it, so that a layer is one kernel from int8 to int8: sums, a multiply-add with scale and bias, clip, round to even.
+beside it, so that a layer is one kernel from int8 to int8: sums, a multiply-add (scale, bias), clip, round to even.
 
 Activations are kept in the 8-bit type that the machine's dot product reads: ``uint8``, 128 above ``int8``, with VNNI.
 """

@@ -56,8 +56,9 @@ class FoldPlain(Mutator):  # type: ignore[misc]  # TVM ships no types
     @staticmethod
     def _sizes(shape: Any) -> list[int] | None:
         values = getattr(shape.ty, "values", None)
-        known = values is not None and all(hasattr(size, "value") for size in values)
-        return [int(size) for size in values] if known else None
+        if values is None or any(not hasattr(size, "value") for size in values):
+            return None
+        return [int(size) for size in values]
 
     def _constant(self, expression: Any) -> Any:
         if isinstance(expression, relax.Var):

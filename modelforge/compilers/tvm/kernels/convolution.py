@@ -33,6 +33,7 @@ from modelforge.compilers.tvm.api import (
     topi,
     written_dtype,
 )
+from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.loops import neighbours, partition, spread, unroll_tail, vectorize_copy
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
@@ -299,15 +300,15 @@ def _chunk(window: Window, rows: int, tile: tiles.Tile, weight: np.ndarray[Any, 
     """How many steps of the outermost loop over pixels are done for one block of channels before the next block.
 
     What a chunk reads and writes stays in half of the second-level cache while the blocks pass; all weights pass once
-    per chunk. 0 (one chunk) where the input fits there anyway, or where the weights do not: then each block is read once.
+    per chunk. 0 (one chunk) where the input fits there anyway, or where the weights do not: each block is read once.
     """
     half = machine.l2 // 2
     size = weight.dtype.itemsize
-    if prod(window.data) * size <= half or weight.nbytes > half:
-        return 0
     pixels = tile.rows if not rows else rows * window.size[1]
     per_pixel = window.data[3] * prod(window.strides) + 2 * window.channels
-    return max(1, half // (pixels * per_pixel * int(size)))
+    steps = max(1, half // (pixels * per_pixel * int(size)))
+    usual = 0 if prod(window.data) * size <= half or weight.nbytes > half else steps
+    return chosen("chunk", usual, lambda: [0, steps, steps * 2, steps // 2 or 1])
 
 
 def _up(size: int, step: int) -> int:

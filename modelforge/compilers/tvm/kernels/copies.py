@@ -32,8 +32,8 @@ from modelforge.compilers.tvm.api import (
 from modelforge.compilers.tvm.kernels.loops import same_order, spread, vector_width
 from modelforge.compilers.tvm.machine import Machine
 
-_UNROLLED: Final = 64
-"""Vectors of a row that are written out."""
+_UNROLLED: Final = 128
+"""Vectors of a row times operands that are written out: nested concatenations take long to compile otherwise."""
 _TILE: Final = 16
 """Elements of FP32 in a cache line: the side of a transpose's tile."""
 
@@ -60,7 +60,7 @@ class Copies:
             return _transpose(sch, loops, turned, lanes, work, machine)
         *outer, last = loops
         width = vector_width(extent(sch, last), lanes)
-        if width == 1 or extent(sch, last) // width > _UNROLLED:
+        if width == 1 or extent(sch, last) // width * len(sch.get(block).reads) > _UNROLLED:
             return None
         rest, vector = sch.split(last, factors=[None, width])
         sch.vectorize(vector)

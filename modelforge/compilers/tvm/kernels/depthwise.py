@@ -25,6 +25,7 @@ from modelforge.compilers.tvm.api import (
     te,
     tirx,
 )
+from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.loops import neighbours, spread, unroll_tail, vectorize_last
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
@@ -32,6 +33,9 @@ from modelforge.compilers.tvm.machine import Machine
 
 _UNROLLED: Final = 256
 """Multiply-adds of a tile that are written out: more no longer fit the decoded-instruction cache."""
+
+_TRIED: Final = 16
+"""Tiles that a search measures at most."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +170,10 @@ class _Tile:
 
 
 def _tile(window: Window, machine: Machine, dtype: str) -> _Tile:
-    """The tile with the least cost per sum: the pipes, the latency, weights that are loaded again, and the waste."""
+    """The measured tile, or that with the least cost per sum: the pipes, the latency, weights that are loaded again, and
+    the waste."""
     width, taps = window.size[1], prod(window.kernel)
-    best: tuple[float, int, int, int] | None = None
+    found: list[tuple[float, int, int, int]] = []
     for lanes in _lanes(window.channels, machine.lanes(dtype)):
         for vectors in range(1, 5):
             channels = -(-window.channels // (vectors * lanes)) * vectors / window.channels
@@ -179,10 +184,13 @@ def _tile(window: Window, machine: Machine, dtype: str) -> _Tile:
                 waste = channels * (-(-width // columns) * columns / width)
                 spilled = max(0, taps * vectors + sums + 1 - machine.registers) / taps / vectors
                 cost = waste * (max(sums, 6) + spilled * vectors * 0.5 + 0.5) / sums
-                if best is None or cost < best[0] - 1e-9:
-                    best = (cost, columns, vectors, lanes)
-    _, columns, vectors, lanes = best or (0.0, 1, 1, 1)
-    return _Tile(_rows(window, columns, vectors * lanes, machine, dtype), columns, vectors, lanes)
+                found.append((round(cost, 9), columns, vectors, lanes))
+    found.sort(key=lambda each: each[0])
+    ranked = [
+        _Tile(_rows(window, columns, vectors * lanes, machine, dtype), columns, vectors, lanes)
+        for _, columns, vectors, lanes in found[:_TRIED] or [(0.0, 1, 1, 1)]
+    ]
+    return chosen("tile", ranked[0], lambda: ranked[1:])
 
 
 def _rows(window: Window, columns: int, channels: int, machine: Machine, dtype: str) -> int:

@@ -41,8 +41,8 @@ _FUNCTIONS: Final[dict[str, Callable[[Any], Any]]] = {
 DEPTH: Final = "modelforge.depth"
 """An attribute of a kernel: how many of these functions stand one upon the other in it."""
 _DEEPEST: Final = 2
-"""How many are fused into one expression. TVM's code generator puts into each name what it stands for when it simplifies,
-so that the time it takes grows about twentyfold with each more: exp of log of exp took a second a vector."""
+"""How many are fused into one expression. TVM's code generator puts into each name what it stands for as it simplifies,
+so the time it takes grows about twentyfold with each more: exp of log of exp took a second for one vector."""
 
 
 _FUSED: Final = frozenset(

@@ -107,7 +107,10 @@ def gelu(x: Any) -> Any:
 def gelu_tanh(x: Any) -> Any:
     """GELU by the hyperbolic tangent, as the same paper approximates it."""
     scale = root(2 / 3.141592653589793)
-    inner = lambda x: number(scale) * x * (number(1.0) + number(0.044715) * x * x)  # noqa: E731  # a formula
+
+    def inner(x: Any) -> Any:
+        return number(scale) * x * (number(1.0) + number(0.044715) * x * x)
+
     return let(x, lambda x: number(0.5) * x * (number(1.0) + tanh(inner(x))))
 
 
@@ -207,10 +210,9 @@ def _log(x: Any) -> Any:
         )
 
     infinity, nan = number(float("inf")), number(float("nan"))
-    special = lambda value: tirx.Select(  # noqa: E731  # a formula
-        x == number(0.0), -infinity, tirx.Select(x < infinity, tirx.Select(x < number(0.0), nan, value), x)
-    )
-    return special(let(_bits(normal), parts))
+    finite = let(_bits(normal), parts)
+    positive = tirx.Select(x < number(0.0), nan, finite)
+    return tirx.Select(x == number(0.0), -infinity, tirx.Select(x < infinity, positive, x))
 
 
 def _odd_rational(x: Any, bound: float, above: Sequence[float], below: Sequence[float]) -> Any:

@@ -29,9 +29,9 @@ from modelforge.compilers.tvm.api import (
 from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
-from modelforge.compilers.tvm.kernels.views import flat_index, split_index
 from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.kernels.views import flat_index, split_index
 from modelforge.compilers.tvm.machine import Machine
 
 

@@ -109,10 +109,11 @@ def _patches(data: Any, window: Window, plan: Plan) -> Any:
         image = tile // (plan.tall * plan.wide)
         y = tile // plan.wide % plan.tall * OUT + i - top
         x = tile % plan.wide * OUT + j - left
-        inside = [image < batch, y >= 0, y < height, x >= 0, x < width]
-        # Read at the border's place and dropped: a masked load, where a branch would split the transform in 36.
-        nearest = data[tirx.min(image, batch - 1), _clamp(y, height), _clamp(x, width), c]
-        return tirx.Select(tirx.all(*inside), nearest, 0.0)
+        # Read at the border's place and dropped: a masked load, where a branch would split the transform in 36. Written
+        # as an equation, as TVM would take a bound of the condition for one of the load, and drop the clamps.
+        near = [tirx.min(image, batch - 1), _clamp(y, height), _clamp(x, width)]
+        inside = [clamped == wanted for clamped, wanted in zip(near, (image, y, x), strict=True)]
+        return tirx.Select(tirx.all(*inside), data[(*near, c)], 0.0)
 
     pixels = te.compute((IN, IN, count, channels), pixel, name="pixels")
     patch_rows = te.compute(

@@ -24,10 +24,15 @@ _PATCH, _WEIGHT, _RESULT, _STORE = 300, 225, 250, 2
 Measured with AVX-512 on layers of ResNet-50 and YOLOv8n (samples of perf in each step over those in the multiply-adds);
 near the number of instructions that LLVM makes of a step, so taken for the other instruction sets too.
 """
+_FETCH, _DIRECT_FETCH = 350, 200
+"""Cost of nine vectors of weights that come from memory, once a run: the direct kernel reads them while it multiplies.
+
+Measured likewise, caches emptied before each run. With weights in the cache even 7x7 images of 512 channels would win.
+"""
 _BEYOND: Final = {"x86_64": 16, "aarch64": 4}
 """Bytes that come from beyond the second-level cache per operation: x86-64 measured (a third level), Arm estimated."""
-_GAIN: Final = 0.9
-"""The model is not exact and the direct kernel is simpler: it stays where less than a tenth would be won."""
+_GAIN: Final = 0.85
+"""The model is not exact and the direct kernel is simpler: it stays where less than this would be won."""
 _TRIED: Final = 6
 """Plans that a search measures at most."""
 _MEMORY: Final = 4
@@ -77,7 +82,9 @@ def ranked(window: Window, machine: Machine) -> list[Plan | None]:
     count = batch * tall * wide
     if min(deep, lanes) < 4 or count < 1:
         return [None]
-    tile = tiles.choose(tiles.padded(count, machine), window.channels, replace(machine, vector_bits=32 * lanes))
+    # Of one image: entries for several batches then read the same packed weights.
+    heights = tiles.padded(tall * wide, machine)
+    tile = tiles.choose(heights, window.channels, replace(machine, vector_bits=32 * lanes))
     room = machine.l2 // 3 // (4 * IN**2 * tile.columns)
     depth = max(size for size in range(deep, channels + 1, deep) if channels % size == 0 and size <= max(deep, room))
     blocks = -(-count // tile.rows)
@@ -104,7 +111,8 @@ def direct_cost(window: Window, machine: Machine) -> float:
     """Multiply-adds of the direct kernel, per thread."""
     high, broad = window.size
     vectors = -(-window.channels // machine.lanes())
-    return window.data[0] * high * broad * 9 * window.data[3] * vectors / machine.cores
+    pixels = window.data[0] * high * broad
+    return (9 * pixels + _DIRECT_FETCH) * window.data[3] * vectors / machine.cores
 
 
 def cost(plan: Plan, window: Window, machine: Machine) -> float:
@@ -116,7 +124,7 @@ def cost(plan: Plan, window: Window, machine: Machine) -> float:
     blocks = -(-window.channels // plan.tile.columns)
     vectors = blocks * plan.tile.vectors
     products = IN**2 * full * vectors * (channels + _STORE * (2 * steps - 1))
-    weights = _WEIGHT * groups * channels * vectors
+    weights = (_WEIGHT * groups + _FETCH) * channels * vectors
     patches = _PATCH * full * channels // plan.deep
     results = _RESULT * count * vectors
     spilt = plan.held(channels) > machine.l2
