@@ -80,9 +80,7 @@ def own_files(intake: Intake, section: TargetSection, compiler: Compiler) -> dic
     return _named(intake, section, compiler, section.files(compiler.section))
 
 
-def _named(
-    intake: Intake, section: TargetSection, compiler: Compiler, names: Mapping[str, str]
-) -> dict[str, Source]:
+def _named(intake: Intake, section: TargetSection, compiler: Compiler, names: Mapping[str, str]) -> dict[str, Source]:
     found = {}
     for option, name in names.items():
         path = intake.recipe.folder / name

@@ -175,7 +175,7 @@ def is_reduction(sch: Any, block: Any) -> bool:
     return any(int(var.iter_type) == REDUCTION for var in sch.get(block).iter_vars)
 
 
-def annotations(sch: Any, block: Any) -> Mapping[str, Any]:
+def block_annotations(sch: Any, block: Any) -> Mapping[str, Any]:
     """What ``te.compute(attrs=...)`` said of a block."""
     found = sch.get(block).annotations
     return {str(key): found[key] for key in found}

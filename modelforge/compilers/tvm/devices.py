@@ -145,8 +145,8 @@ _MAGIC: Final = 0xFF271
 def ask(device: Device) -> str:
     """Whether a server of TVM's with this key is there, in words that go on ``NAME …``; :data:`READY` where it is.
 
-    Speaks the first words of TVM's RPC (tvm/rpc/server.py, ``_accept_conn``), which need no TVM, and hangs up once it has
-    heard all that the server says: TVM's server ends for good where a client leaves with words unread.
+    Speaks the first words of TVM's RPC (tvm/rpc/server.py, ``_accept_conn``), which need no TVM, and hangs up once it
+    has heard all that the server says: TVM's server ends for good where a client leaves with words unread.
     """
     header = f"client:{device.key}".encode()
     try:

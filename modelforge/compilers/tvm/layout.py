@@ -34,8 +34,8 @@ _ELEMENTWISE: Final = frozenset(
     for name in (
         "add subtract multiply divide maximum minimum power floor_divide mod greater greater_equal less less_equal "
         "equal not_equal logical_and logical_or logical_xor logical_not where abs ceil floor round sign exp log sqrt "
-        "rsqrt tanh sigmoid sin cos erf negative clip astype isnan isinf nn.relu nn.leakyrelu nn.gelu nn.silu nn.gelu_tanh "
-        "quantize dequantize"
+        "rsqrt tanh sigmoid sin cos erf negative clip astype isnan isinf nn.relu nn.leakyrelu nn.gelu nn.silu "
+        "nn.gelu_tanh quantize dequantize"
     ).split()
 )
 _REDUCTIONS: Final = frozenset(f"relax.{name}" for name in ("mean", "sum", "max", "min", "prod", "variance", "std"))

@@ -102,9 +102,9 @@ class Bench:
             self._give_up(fault)
             raise
         except Exception as error:  # TVM's RPC raises RuntimeError, RPCError, InternalError, EOFError, OSError ...
-            fault = DeviceFault(f"{self.name} failed: {first_line(error)}", where=self.name, fix=_MEND)
-            self._give_up(fault)
-            raise fault from error
+            failed = DeviceFault(f"{self.name} failed: {first_line(error)}", where=self.name, fix=_MEND)
+            self._give_up(failed)
+            raise failed from error
 
     def _let_go(self, key: int) -> None:
         if not self._failed:
@@ -173,12 +173,16 @@ def _link(isa: str, out: Path, objects: list[Path]) -> None:
     linker.link_shared(isa, objects, out, workdir=out.parent)
 
 
-def faster(candidate: Loaded, other: Loaded, rounds: int) -> tuple[float, float, float]:
-    """Time two side by side, in rounds that alternate: medians of both in seconds, and of their ratio."""
+def faster(candidate: Loaded, other: Loaded, rounds: int, longer: int = 1) -> tuple[float, float, float]:
+    """Time two side by side, in rounds that alternate: medians of both in seconds, and of their ratio.
+
+    ``longer`` times the calls of a round, where it has more than one.
+    """
+    calls = other.calls * longer if other.calls > 1 else 1
     times = []
     for place in range(rounds):
         pair = [candidate, other] if place % 2 else [other, candidate]
-        took = {id(each): each.seconds(each.calls) for each in pair}
+        took = {id(each): each.seconds(calls) for each in pair}
         times.append((took[id(candidate)], took[id(other)]))
     ratios = [mine / theirs for mine, theirs in times]
     return median(mine for mine, _ in times), median(theirs for _, theirs in times), median(ratios)

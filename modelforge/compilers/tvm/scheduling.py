@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from modelforge.compilers.tvm.api import Schedule, annotations, blocks, kernels, narrowed
+from modelforge.compilers.tvm.api import Schedule, block_annotations, blocks, kernels, narrowed
 from modelforge.compilers.tvm.kernels import GENERAL, RULES
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, Anchored, General
 from modelforge.compilers.tvm.machine import Machine
@@ -40,8 +40,8 @@ def schedule_one(name: str, function: Any, machine: Machine) -> tuple[Any, Kerne
         sch = Schedule(function)
         try:
             if isinstance(rule, Anchored):
-                anchor = next(block for block in blocks(sch) if RULE in annotations(sch, block))
-                macs = int(annotations(sch, anchor).get(MACS, 0))
+                anchor = next(block for block in blocks(sch) if RULE in block_annotations(sch, block))
+                macs = int(block_annotations(sch, anchor).get(MACS, 0))
                 note = rule.schedule(sch, anchor, machine)
             elif (said := rule.schedule(sch, machine)) is not None:
                 note = said
@@ -57,7 +57,7 @@ def schedule_one(name: str, function: Any, machine: Machine) -> tuple[Any, Kerne
 def _candidates(function: Any) -> list[Anchored | General]:
     """The rule that made the kernel, then the general ones."""
     sch = Schedule(function)
-    named = [annotations(sch, block).get(RULE) for block in blocks(sch)]
+    named = [block_annotations(sch, block).get(RULE) for block in blocks(sch)]
     own = [RULES[str(name)] for name in named if name is not None]
     return [*own[:1], *GENERAL]
 

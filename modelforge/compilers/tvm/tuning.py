@@ -34,6 +34,8 @@ _GAIN: Final = 0.97
 """A kernel is taken where it needs less of the other's time than this: what is nearer is noise."""
 _MODEL_GAIN: Final = 0.99
 _MODEL_ROUNDS: Final = 21
+_LONGER: Final = 5
+"""The gain of a whole model is small, and what decides: it is worth longer rounds."""
 _WORDS: Final = frozenset(rule.name for rule in GENERAL) | {"none"}
 
 
@@ -315,7 +317,7 @@ def judge(
         first, second = (bench.load(executable, inputs, entry) for executable in (untuned, tuned))
         if not measuring.same(second.run(), first.run()):
             raise DeviceFault(f"the tuned model gives other outputs than the untuned one on {bench.name}", where=entry)
-        mine, theirs, ratio = measuring.faster(second, first, _MODEL_ROUNDS)
+        mine, theirs, ratio = measuring.faster(second, first, _MODEL_ROUNDS, _LONGER)
         figures = {"tuned_ms": round(mine * 1e3, 4), "untuned_ms": round(theirs * 1e3, 4), "ratio": round(ratio, 4)}
         rows.append({"entry": entry, **figures, "rounds": _MODEL_ROUNDS})
     mean = exp(sum(log(row["ratio"]) for row in rows) / len(rows))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHT = 0.12345678
-"""All weights of the model that is tuned have this value: it is found in a library whatever tile they are packed for."""
+"""All weights of the model that is tuned have this value: it is found in a library whatever the tile."""
 
 
 def main(port: str, key: str, how: str, first: str) -> None:

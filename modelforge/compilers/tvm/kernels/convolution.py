@@ -19,7 +19,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     constant_value,
     dtype_of,
     emit_kernel,
@@ -114,7 +114,7 @@ class Convolution:
         return convolve(window, weight, data if planes is None else planes, builder, machine, planar=planes is not None)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, columns, vectors, lanes, chunk = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, columns, vectors, lanes, chunk = (int(value) for value in block_annotations(sch, anchor)[TILE])
         pads, after = neighbours(sch, anchor, machine)
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))

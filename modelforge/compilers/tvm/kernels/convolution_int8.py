@@ -16,7 +16,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     constant_value,
     dtype_of,
     emit_kernel,
@@ -52,7 +52,7 @@ class ConvolutionInt8:
         return _convolve(window, weight, data, builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, columns, vectors, depth = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, columns, vectors, depth = (int(value) for value in block_annotations(sch, anchor)[TILE])
         dot = dot_of(machine, depth)
         pads, after = neighbours(sch, anchor, machine)
         out = after[-1]

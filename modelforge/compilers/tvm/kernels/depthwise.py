@@ -16,7 +16,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     constant_value,
     dtype_of,
     emit_kernel,
@@ -54,7 +54,7 @@ class Depthwise:
         return convolve(window, constant_value(call.args[1]), call.args[0], builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, columns, vectors, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, columns, vectors, lanes = (int(value) for value in block_annotations(sch, anchor)[TILE])
         pads, after = neighbours(sch, anchor, machine)
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
@@ -170,8 +170,8 @@ class _Tile:
 
 
 def _tile(window: Window, machine: Machine, dtype: str) -> _Tile:
-    """The measured tile, or that with the least cost per sum: the pipes, the latency, weights that are loaded again, and
-    the waste."""
+    """The measured tile, or that with the least cost per sum: the pipes, the latency, weights that are loaded again,
+    and the waste."""
     width, taps = window.size[1], prod(window.kernel)
     found: list[tuple[float, int, int, int]] = []
     for lanes in _lanes(window.channels, machine.lanes(dtype)):

@@ -17,7 +17,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     constant_value,
     dtype_of,
     emit_kernel,
@@ -51,7 +51,7 @@ class Grouped:
         return _convolve(window, groups, order, constant_value(call.args[1]), data, builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, columns, vectors, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, columns, vectors, lanes = (int(value) for value in block_annotations(sch, anchor)[TILE])
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         # What follows is drawn into the block that knows the groups: over joined channels tiles would overlap.
         (out,) = sch.get_consumers(anchor)

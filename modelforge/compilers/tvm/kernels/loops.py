@@ -60,8 +60,8 @@ def spread(sch: Any, loops: list[Any], work: int, machine: Machine) -> None:
 def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32") -> int:
     """Vectors along the last axis, threads over the rest: for blocks that move or map elements.
 
-    Axes that all operands share in the same order count as one. What does not fill a vector at the end is done one by one
-    in a loop of its own. Returns the width of the vectors; 1 where the last axis is too short for any.
+    Axes that all operands share in the same order count as one. What does not fill a vector at the end is done one by
+    one in a loop of its own. Returns the width of the vectors; 1 where the last axis is too short for any.
     """
     loops = sch.get_loops(block)
     work = prod(extent(sch, loop) for loop in loops)

@@ -19,7 +19,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     constant_value,
     count_rows_as_one,
     dtype_of,
@@ -55,7 +55,7 @@ class Matmul:
         return multiply(data, constant_value(weight), builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, vectors, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, vectors, lanes = (int(value) for value in block_annotations(sch, anchor)[TILE])
         pads, after = neighbours(sch, anchor, machine)
         out = after[-1]
         store_tiles(sch, anchor, out, (rows, vectors, lanes), machine)

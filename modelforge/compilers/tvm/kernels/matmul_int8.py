@@ -15,7 +15,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     constant_value,
     count_rows_as_one,
     dtype_of,
@@ -53,7 +53,7 @@ class MatmulInt8:
         return multiply(activations, values.reshape(len(values), 1, 1, -1), builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, vectors, depth = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, vectors, depth = (int(value) for value in block_annotations(sch, anchor)[TILE])
         dot = dot_of(machine, depth)
         pads, after = neighbours(sch, anchor, machine)
         out = after[-1]

@@ -16,7 +16,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     dtype_of,
     emit_kernel,
     extent,
@@ -70,7 +70,7 @@ class Pool:
         return _pool(window, call.args[0], builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        columns, channels, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
+        columns, channels, lanes = (int(value) for value in block_annotations(sch, anchor)[TILE])
         (lines,), after = neighbours(sch, anchor, machine)
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
@@ -227,7 +227,7 @@ class ImagePool:
         return reduce_image(call.args[0], kind, bool(call.attrs.keepdims), builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        chunks, beside, channels, lanes = (int(value) for value in annotations(sch, anchor)[TILE])
+        chunks, beside, channels, lanes = (int(value) for value in block_annotations(sch, anchor)[TILE])
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         (total,) = sch.get_consumers(anchor)
         _, after = neighbours(sch, total, machine)

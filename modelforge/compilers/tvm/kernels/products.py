@@ -14,7 +14,7 @@ from typing import Any
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     block_name,
     dtype_of,
     emit_kernel,
@@ -70,7 +70,7 @@ class Products:
         return multiply(left, right, dtype, builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, vectors, lanes, batched = (int(value) for value in annotations(sch, anchor)[TILE])
+        rows, vectors, lanes, batched = (int(value) for value in block_annotations(sch, anchor)[TILE])
         prepared, after = neighbours(sch, anchor, machine)
         names = [block_name(sch, block) for block in prepared]
         out = after[-1]

@@ -10,7 +10,7 @@ from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.machine import Machine
 
 _LATENCY: Final = 8
-"""Sums in flight that keep two multiply-add pipes busy at a latency of four cycles (Zen 4, Sapphire Rapids, Cortex-A76)."""
+"""Sums in flight that keep two multiply-add pipes busy at a latency of four cycles (Zen 4, Cortex-A76)."""
 _WIDEST: Final = 4
 _TRIED: Final = 16
 """Tiles that a search measures at most: those after them cost half as much again by the model."""
@@ -52,8 +52,8 @@ def ranked(
         widest: vectors that a tile may have.
 
     The cost of a tile is the longest of what the pipes for sums take, what the loads take (one per row, one per
-    vector; two a cycle, like sums), and the latency, times the waste. A tile that does not fit costs a little more still:
-    its results are tested as they are stored.
+    vector; two a cycle, like sums), and the latency, times the waste. A tile that does not fit costs a little more
+    still: its results are tested as they are stored.
     """
     lanes = _lanes(columns, machine.lanes(dtype))
     found: list[tuple[float, Tile]] = []
@@ -77,8 +77,8 @@ def ranked(
 
 
 def depth(machine: Machine, dtype: str) -> int:
-    """How many elements of a row one load brings, where instructions multiply by one element of a register (Arm: FMLA by
-    element); 1 where each is broadcast from memory for nothing (x86)."""
+    """How many elements of a row one load brings, where instructions multiply by one element of a register (Arm: FMLA
+    by element); 1 where each is broadcast from memory for nothing (x86)."""
     return machine.lanes(dtype) if machine.isa == "aarch64" else 1
 
 

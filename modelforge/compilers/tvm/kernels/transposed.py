@@ -17,7 +17,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     constant_value,
     dtype_of,
     emit_kernel,
@@ -58,7 +58,7 @@ class Transposed:
         return relax.op.permute_dims(builder.emit(found), [0, 3, 1, 2])
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        columns, vectors, lanes, together, high, wide = (int(value) for value in annotations(sch, anchor)[TILE])
+        columns, vectors, lanes, together, high, wide = (int(value) for value in block_annotations(sch, anchor)[TILE])
         pads, after = neighbours(sch, anchor, machine)
         out = after[-1]
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))

@@ -23,7 +23,7 @@ import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OUT_FUSIBLE,
-    annotations,
+    block_annotations,
     block_name,
     blocks,
     constant_value,
@@ -70,7 +70,9 @@ class Winograd:
         return emit_kernel(builder, describe, call.args[0], packed, name="winograd", pattern=OUT_FUSIBLE)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        group, depth, deep, rows, vectors, lanes, by_group = (int(value) for value in annotations(sch, anchor)[TILE])
+        group, depth, deep, rows, vectors, lanes, by_group = (
+            int(value) for value in block_annotations(sch, anchor)[TILE]
+        )
         out = _last(sch)
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         share, block, vector = _outer(sch, out, group, vectors, lanes)
