@@ -7,9 +7,9 @@ them a target's hardware and toolchain allow, the compiler says at plan time (``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, model_validator
 
 from modelforge.target import PositiveInt
 
@@ -34,6 +34,10 @@ class Section(BaseModel):
     def quantizes(self) -> bool:
         """Whether the compiler makes INT8 itself: it gets the FP32 model and the calibration samples."""
         return False
+
+    def databases(self) -> dict[str, str]:
+        """Databases of earlier tunings that it names, relative to the recipe, by option: tuning gets their paths."""
+        return {}
 
 
 class TensorRtSection(Section):
@@ -135,6 +139,33 @@ class EthosUSection(Section):
 
     def files(self) -> dict[str, str]:
         return {"model": self.model}
+
+
+class TuneSection(Section):
+    """``[target.tune]``: measure kernels on the target and take the fastest (TVM); docs/guides/tuning.md.
+
+    Attributes:
+        trials: how many candidates to build and measure, over all kernels.
+        device: a name of ``modelforge devices``; without one, this machine is measured.
+        database: an earlier tuning's ``tuning.json``, relative to the recipe; what it decides is not measured again.
+        required: without it, a tuning that fails leaves the variant untuned, and the record says why.
+    """
+
+    trials: Annotated[int, Strict(), Field(ge=0, le=100_000)] = 0
+    device: Annotated[str, Field(min_length=1)] | None = None
+    database: Annotated[str, Field(min_length=1)] | None = None
+    required: StrictBool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.trials and self.database is None:
+            raise ValueError("give `trials`, `database`, or both")
+        if self.device is not None and not self.trials:
+            raise ValueError("`device` is where `trials` are measured, and there are none")
+        return self
+
+    def databases(self) -> dict[str, str]:
+        return {} if self.database is None else {"database": self.database}
 
 
 class PreprocessSection(Section):

@@ -24,6 +24,7 @@ from modelforge.options import (
     RockchipSection,
     Section,
     TensorRtSection,
+    TuneSection,
 )
 from modelforge.schema import dotted_key, explain, line_suffix
 from modelforge.target import TAG_PATTERN, PositiveFloat, PositiveInt, Precision, SchemaVersion
@@ -197,6 +198,7 @@ class TargetSection(_Strict):
     rockchip: RockchipSection | None = None
     qualcomm: QualcommSection | None = None
     ethos_u: Annotated[EthosUSection | None, Field(alias="ethos-u")] = None
+    tune: TuneSection | None = None
     options: dict[str, Any] = {}
 
     @property
@@ -225,6 +227,11 @@ class TargetSection(_Strict):
         silent = {name.replace("-", "_"): None for name in self._own}
         return self.model_copy(update={**silent, "options": {}, "compiler": compiler, "precision": (precision,)})
 
+    def databases(self, section: str | None) -> dict[str, str]:
+        """Databases that a section names, by option: :meth:`modelforge.options.Section.databases`."""
+        own = self._own.get(section or "")
+        return {} if own is None else own.databases()
+
     @property
     def _own(self) -> dict[str, Section]:
         own: dict[str, Section | None] = {
@@ -233,6 +240,7 @@ class TargetSection(_Strict):
             "rockchip": self.rockchip,
             "qualcomm": self.qualcomm,
             "ethos-u": self.ethos_u,
+            "tune": self.tune,
         }
         return {name: section for name, section in own.items() if section is not None}
 

@@ -45,7 +45,8 @@ class CudaArchitecture(_Strict):
 class CpuArchitecture(_Strict):
     """A CPU, in LLVM's words: ``mcpu`` and ``mattr`` go to the code generator as they stand.
 
-    ``cpuinfo`` lists the flags that a host must show (Linux ``/proc/cpuinfo``) to run this target's code.
+    ``cpuinfo`` lists the flags that a host must show (Linux ``/proc/cpuinfo``) to run this target's code. ``l1d`` and
+    ``l2`` are the bytes of cache that one core may fill: tiles are chosen by them.
     """
 
     kind: Literal["cpu"]
@@ -55,6 +56,8 @@ class CpuArchitecture(_Strict):
     cpuinfo: tuple[str, ...] = ()
     cores: PositiveInt
     vector_bits: PositiveInt
+    l1d: PositiveInt = 32768
+    l2: PositiveInt = 524288
     qemu_cpu: str | None = None
 
 

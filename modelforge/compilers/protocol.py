@@ -126,6 +126,14 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What a tuning gives: the path of its database, and JSON facts for people."""
+
+    database: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunJob:
     """What a runner gets: the files of a variant, and inputs to run them on.
 
@@ -174,6 +182,25 @@ class ChecksRecipe(Protocol):
 
     def supports_recipe(self, wanted: Wanted) -> list[Refusal]:
         """Say what stands against it that ``supports`` and ``supports_model`` do not. As cheap and as pure as they."""
+
+
+@runtime_checkable
+class Tuner(Protocol):
+    """A compiler whose code can be tuned by measuring: asked where the recipe has ``[target.tune]``.
+
+    The database goes to :meth:`Compiler.compile` as the option ``tuning``, a path; the other options do not.
+    """
+
+    def tuned_on(self, options: Options) -> str:
+        """On what it would measure, in words: part of the tuning step's content key. Cheap and pure."""
+
+    def tune(self, job: CompileJob) -> Tuned:
+        """Measure, or take what was measured before.
+
+        Raises:
+            BuildError: nothing could be measured; the variant can still be built untuned.
+            InputError: what the recipe gives cannot be used.
+        """
 
 
 class Compiler(Protocol):

@@ -101,7 +101,11 @@ def _built(section: TargetSection, target: Target, where: str) -> list[str]:
             where=where,
             fix="leave the target out, or mark it `required = false`; `modelforge targets` shows what is built",
         )
-    return [section.compiler] if section.compiler else built
+    if section.compiler:
+        return [section.compiler]
+    # Only who is spoken to: what the recipe says to one compiler would be without effect on another.
+    spoken_to = [name for name in built if get_compiler(name).section in section.sections]
+    return spoken_to or built
 
 
 def _check_sections(section: TargetSection, target: Target, built: list[str], where: str) -> None:

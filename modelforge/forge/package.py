@@ -46,6 +46,8 @@ def variant_record(result: VariantResult, built: Built) -> VariantRecord:
     data["latency"] = _latency(chosen, race)
     if chosen.slower:
         notes.append(chosen.slower)
+    if chosen.untuned_because:
+        notes.append(f"not tuned: {chosen.untuned_because}")
     if chosen.describe is not None or (chosen.plan.compile and "calibration" in chosen.plan.compile.needs):
         data["calibration"] = dict(built.plan.intake.calibration_facts)
     data["delegation"] = _delegation(result, built)

@@ -37,6 +37,7 @@ class RungResult:
     describe: StepRecord | None = None
     race: StepRecord | None = None
     estimate: StepRecord | None = None
+    untuned_because: str = ""
 
     @property
     def slower(self) -> str | None:
@@ -239,12 +240,18 @@ def _build_variant(runner: _Runner, variant: VariantPlan) -> VariantResult:
 
 def _build_rung(runner: _Runner, rung: RungPlan) -> RungResult:
     lowered = runner.obtain(rung.lower)
+    if rung.tune is not None and rung.untuned is not None:
+        try:
+            runner.obtain(rung.tune)
+        except ModelForgeError as error:
+            return replace(_build_rung(runner, rung.untuned), untuned_because=_sentence(error))
     compiled = runner.obtain(rung.compile) if rung.compile else None
     result = RungResult(rung, lowered, compiled, runner.obtain(rung.verify))
     if not result.passed:
         return result
     described = runner.obtain(rung.describe) if rung.describe else None
-    raced = runner.obtain(rung.race) if rung.race else None
+    # The rival may be one whose tuning failed: then there is nothing to hold a tuned one against.
+    raced = _if_possible(runner, rung.race) if rung.tune else runner.obtain(rung.race) if rung.race else None
     return replace(result, describe=described, race=raced, estimate=_if_possible(runner, rung.estimate))
 
 

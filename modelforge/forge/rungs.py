@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from modelforge.compilers.protocol import Compiler
+from modelforge.compilers.protocol import Compiler, Tuner
 from modelforge.errors import RecipeError
 from modelforge.forge.choice import Choice
 from modelforge.forge.intake import Intake, file_source
@@ -33,6 +33,8 @@ class RungPlan:
         compile: None where it is deferred.
         describe: writes what the reports say of a quantization, once the gate has passed; None without one.
         estimate: what a model of the device says of its latency; None where its profile knows no rate.
+        tune: measures what the compile step then takes; None where the recipe asks for no tuning.
+        untuned: what takes this one's place where tuning fails; None where the recipe requires it.
         race: times the artifact beside the next float rung's, where both run here; None where that cannot be.
     """
 
@@ -44,11 +46,13 @@ class RungPlan:
     evidence: str
     race: Step | None = None
     estimate: Step | None = None
+    tune: Step | None = None
+    untuned: RungPlan | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """In an order in which each comes after what it needs."""
-        own = [self.lower, self.compile, self.verify, self.describe, self.race, self.estimate]
+        own = [self.lower, self.tune, self.compile, self.verify, self.describe, self.race, self.estimate]
         ordered = [
             each for step in own if step is not None for each in [*all_needs(step), step] if isinstance(each, Step)
         ]
@@ -120,6 +124,32 @@ class Rungs:
         self._part = flops
 
     def rung(self, section: TargetSection, target: Target, choice: Choice, precision: str) -> RungPlan:
+        """The steps of one rung; where the recipe asks for tuning, with what stands in where that fails."""
+        plain = self._rung(section, target, choice, precision)
+        tune = self._tune(section, target, choice, plain)
+        if tune is None or section.tune is None:
+            return plain
+        tuned = self._rung(section, target, choice, precision, tune)
+        return replace(tuned, tune=tune, untuned=None if section.tune.required else plain)
+
+    def _tune(self, section: TargetSection, target: Target, choice: Choice, plain: RungPlan) -> Step | None:
+        compiler = choice.compiler
+        options = section.sections.get(compiler.section or "", {})
+        if plain.compile is None or compiler.section != "tune" or not options or not isinstance(compiler, Tuner):
+            return None
+        named = section.databases(compiler.section)
+        databases = _sources(
+            {option: _named_file(self.intake, section, compiler, option, name) for option, name in named.items()}
+        )
+        told = {name: value for name, value in options.items() if name in ("trials", "device")}
+        params = {**plain.compile.params, "options": told, "on": compiler.tuned_on(options)}
+        needs: dict[str, Step | Source] = {"lowered": plain.lower, **databases}
+        title = self.stage.titled(f"tune {target.tag} {plain.precision}")
+        return make_step("tune", title, params, needs, plain.compile.tools)
+
+    def _rung(
+        self, section: TargetSection, target: Target, choice: Choice, precision: str, tune: Step | None = None
+    ) -> RungPlan:
         """The steps of one rung; without a toolchain (deferred) the lowered model is judged and nothing compiled."""
         compiler, found = choice.compiler, choice.toolchain
         profile = {
@@ -144,11 +174,14 @@ class Rungs:
         build = None
         if found is not None:
             job = compile_params(self.intake, self.stage, section, compiler)
+            if section.tune is not None and compiler.section == "tune":
+                job.pop("options", None)  # what tuning found is a need of the step; untuned, it is any other build's
             params = {**profile, "code": compiler.code_version, **job}
             title = self.stage.titled(f"compile {target.tag} {precision}")
             helped = _sources(aids(self.intake, section, compiler))
+            tuning: dict[str, Step | Source] = {} if tune is None else {"own-tuning": tune}
             build = make_step(
-                "compile", title, params, {"lowered": lower, **own, **helped, **calibration}, found.versions
+                "compile", title, params, {"lowered": lower, **own, **helped, **tuning, **calibration}, found.versions
             )
             needs |= {"compiled": build, **calibration}
         evidence = (compiler.runner(target) if build else None) or "reference"
@@ -198,7 +231,9 @@ class Rungs:
             "rival": rival.compile,
             "samples": self.stage.samples,
         }
-        return replace(rung, race=make_step("race", title, params, needs))
+        race = make_step("race", title, params, needs)
+        untuned = None if rung.untuned is None else self._raced(rung.untuned, after)
+        return replace(rung, race=race, untuned=untuned)
 
     @cached_property
     def ranges(self) -> Step:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modelforge.compilers import get_compiler
-from modelforge.compilers.protocol import CompileJob, RunJob
+from modelforge.compilers.protocol import CompileJob, RunJob, Tuner
 from modelforge.errors import UnsupportedError
 from modelforge.forge.compiling import compile_model
 from modelforge.forge.step import Context, Result
@@ -22,8 +22,8 @@ from modelforge.toolchains import worker
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 3, "reference": 1, "baseline": 1, "calibrate": 3, "rank": 4, "search": 4, "lower": 9, "compile": 2,
-    "verify": 5, "describe": 1, "race": 1, "estimate": 1,
+    "prepare": 3, "reference": 1, "baseline": 1, "calibrate": 3, "rank": 4, "search": 4, "lower": 9, "tune": 1,
+    "compile": 2, "verify": 5, "describe": 1, "race": 1, "estimate": 1,
     "placement": 1,
 }  # fmt: skip
 """Part of each step's content key: raised whenever a function gives another result for the same inputs."""
@@ -144,11 +144,16 @@ def compile(context: Context) -> Result:
 
     Params: compiler, target (profile text), precision, inputs, dims, options, preprocess, timeout.
     """
+    compiler = get_compiler(context.params["compiler"])
+    facts, files = compile_model(compiler, _job(context, "compile"), {str(context.workdir): "WORK"})
+    return Result(facts, files)
+
+
+def _job(context: Context, folder: str) -> CompileJob:
     params = context.params
-    compiler = get_compiler(params["compiler"])
-    workdir = context.workdir / "compile"
+    workdir = context.workdir / folder
     workdir.mkdir()
-    job = CompileJob(
+    return CompileJob(
         model=context.folder("lowered") / "model.onnx",
         target=target_of(context.params, context.workdir),
         precision=params["precision"],
@@ -162,8 +167,6 @@ def compile(context: Context) -> Result:
         },
         calibration=_calibration(context),
     )
-    facts, files = compile_model(compiler, job, {str(context.workdir): "WORK"})
-    return Result(facts, files)
 
 
 def _calibration(context: Context) -> Path | None:
@@ -175,6 +178,15 @@ def _own_files(context: Context) -> dict[str, str]:
     """Options that name a file of the user's own, as paths."""
     own = {need.removeprefix("own-"): need for need in context.needs if need.startswith("own-")}
     return {option: str(context.folder(need) / next(iter(context.files(need)))) for option, need in own.items()}
+
+
+def tune(context: Context) -> Result:
+    """Lowered model -> tuning.json. Params: those of :func:`compile`; on, what is measured."""
+    compiler = get_compiler(context.params["compiler"])
+    if not isinstance(compiler, Tuner):
+        raise UnsupportedError(f"{compiler.title} cannot be tuned")
+    tuned = compiler.tune(_job(context, "tune"))
+    return Result(tuned.facts, {tuned.database.name: tuned.database})
 
 
 def verify(context: Context) -> Result:

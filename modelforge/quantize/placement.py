@@ -235,7 +235,7 @@ class _Placer:
         """Add(conv, x): the Conv takes the Add into its kernel, and reads x as int8. Of two Convs, the later does."""
         weighted = {node for node in self.placement.weighted if node.op_type in ("Conv", "ConvTranspose")}
         for node in self.graph:
-            if node.op_type != "Add" or node.domain != "" or node.name in self.exclude:
+            if node.op_type not in ("Add", "Sum") or node.domain != "" or node.name in self.exclude:
                 continue
             values = [value for value in node.inputs if value is not None]
             if any(constant(value) or not self._has_range(value) for value in values):

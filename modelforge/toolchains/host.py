@@ -44,6 +44,16 @@ def this_host() -> Host:
     return Host(isa_of(platform.machine()), parse_flags(text), _usable_cores())
 
 
+def cpu_name() -> str:
+    """What this machine's CPU calls itself; its instruction set where the kernel does not tell (Arm)."""
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
+    return found.group(1) if found else isa_of(platform.machine())
+
+
 def isa_of(machine: str) -> str:
     """``x86_64`` as ``x86-64``, ``arm64`` as ``aarch64``; other words as they are."""
     return _ISA.get(machine.lower(), machine.lower())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -65,13 +66,14 @@ def require(isa: str) -> Tool:
 
 
 def link_shared(
-    isa: str, objects: Sequence[Path], out: Path, *, embed: Path | None = None, workdir: Path
+    isa: str, objects: Sequence[Path], out: Path, *, embed: Sequence[Path] = (), workdir: Path
 ) -> tuple[str, ...]:
     """Link ``objects`` into the shared library ``out``; give the command in neutral words.
 
     Args:
-        embed: a file whose bytes the library carries, between the symbols ``_binary_NAME_start`` and ``_end`` where
-            NAME is its file name with ``_`` for all but letters and digits.
+        embed: files whose bytes the library carries, each from the start of a page, never to be written, between the
+            symbols ``_binary_NAME_start`` and ``_end`` where NAME is its file name with ``_`` for all but letters and
+            digits.
 
     Symbols that no object defines are left to the process that loads the library.
 
@@ -80,25 +82,39 @@ def link_shared(
         BuildError: it failed.
     """
     tool = require(isa)
-    # Relative names and one folder: the linker makes symbols out of the name of an embedded file.
+    # Relative names and one folder: no path of this machine gets into what is linked.
     names = [_beside(path, workdir) for path in objects]
+    names += [_embedded_object(tool, _beside(path, workdir), workdir) for path in embed]
     flags = [flag.format(name=out.name) for flag in _LINK_FLAGS]
     if tool.driver:
-        if embed:
-            names.append(_embedded_object(tool, _beside(embed, workdir), workdir))
         arguments = ["-shared", "-nostdlib", *(f"-Wl,{flag}" for flag in _paired(flags[1:])), "-o", out.name, *names]
     else:
-        embedded = ["--format=binary", _beside(embed, workdir), "--format=default"] if embed else []
-        arguments = ["-m", _EMULATION[isa], *flags, "-o", out.name, *names, *embedded]
+        arguments = ["-m", _EMULATION[isa], *flags, "-o", out.name, *names]
     _run([*tool.link, *arguments], out, workdir, _LINK_SECONDS, tool)
     return _neutral([*tool.link, *arguments])
 
 
+_EMBEDDED = """\
+.section .modelforge,"a"
+.balign {page}
+.globl {symbol}_start
+{symbol}_start:
+.incbin "{name}"
+.globl {symbol}_end
+{symbol}_end:
+.section .note.GNU-stack,"",%progbits
+"""
+_PAGE = 4096
+_SYMBOL = re.compile(r"[^0-9A-Za-z]")
+
+
 def _embedded_object(tool: Tool, name: str, workdir: Path) -> str:
-    """An object file with the bytes of a file: GNU ld exports no symbol of a file that it reads as binary itself."""
-    made = f"{name}.o"
-    arguments = ["-nostdlib", "-r", "-o", made, f"-Wl,--format=binary,{name},--format=default"]
-    _run([*tool.link, *arguments], workdir / made, workdir, _LINK_SECONDS, tool)
+    """An object file with the bytes of a file. Through the assembler: linkers that read a file as binary themselves
+    (``--format=binary``) put it where it may be written, aligned to 8 bytes or to none, and GNU's exports no symbol."""
+    made, source = f"{name}.o", workdir / f"{name}.s"
+    symbol = f"_binary_{_SYMBOL.sub('_', name)}"
+    source.write_text(_EMBEDDED.format(page=_PAGE, symbol=symbol, name=name), encoding="ascii")
+    _run([*tool.compile, "-c", "-o", made, source.name], workdir / made, workdir, _LINK_SECONDS, tool)
     return made
 
 
@@ -158,9 +174,11 @@ def _named(program: Path) -> str:
 
 
 def _beside(path: Path, workdir: Path) -> str:
-    """The file's name; it is copied into ``workdir`` if it lies elsewhere."""
+    """The file's name; ``workdir`` gets a link to it if it lies elsewhere."""
     if path.parent.resolve() != workdir.resolve():
-        shutil.copyfile(path, workdir / path.name)
+        beside = workdir / path.name
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(path.resolve())
     return path.name
 
 

@@ -149,12 +149,32 @@ def test_reduce_range_keeps_weights_to_seven_bits(
     assert np.abs(reduced.constant("first", 1).astype(int)).max() == 64
 
 
-def test_tvm_is_symmetric_without_a_quantized_bias(
+def test_tvm_has_zero_points_and_a_float_bias(
     conv_relu_conv: Path, feed: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     qdq, _ = quantize(tmp_path, conv_relu_conv, feed, "tvm")
-    assert qdq.zero_point("first", 0) == np.int8(0)
+    assert qdq.zero_point("first", 0).dtype == np.int8
+    assert -128 < qdq.zero_point("first", 0) < 127
+    assert qdq.zero_point("second", 0) == -128  # behind a Relu: all 256 steps are above zero
     assert qdq.reads("first", 2) is None
+    assert qdq.values[qdq.nodes["first"].input[2]].dtype == np.float32
+
+
+@pytest.mark.parametrize("op", ["Add", "Sum"])
+def test_tvm_reads_the_other_branch_of_a_residual_sum_as_bytes(
+    op: str, feed: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    weights = {"w0": conv_weight(32, 32), "w1": conv_weight(32, 32)}
+    nodes = [
+        N("Conv", ["x", "w0"], ["c0"], pads=[1] * 4, name="first"),
+        N("Relu", ["c0"], ["r0"], name="relu"),
+        N("Conv", ["r0", "w1"], ["c1"], pads=[1] * 4, name="second"),
+        N(op, ["c1", "r0"], ["y"], name="residual"),
+    ]
+    model = write(tmp_path / "m.onnx", nodes, {"x": ["n", 32, 6, 6]}, {"y": ["n", 32, 6, 6]}, weights)
+    qdq, _ = quantize(tmp_path, model, feed, "tvm")
+    assert qdq.reads("residual", 0) is None
+    assert qdq.reads("residual", 1) is not None
 
 
 def test_onnxruntime_arm_is_int8_with_an_offset(

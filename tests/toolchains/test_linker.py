@@ -44,7 +44,7 @@ def test_links_for_both_machines_with_the_same_bytes_in_any_folder(
         folder.mkdir()
         (folder / "signature.txt").write_text("hello\n")
         out = folder / "main.so"
-        command = linker.link_shared(isa, [objects[isa]], out, embed=folder / "signature.txt", workdir=folder)
+        command = linker.link_shared(isa, [objects[isa]], out, embed=[folder / "signature.txt"], workdir=folder)
         data = out.read_bytes()
         assert int.from_bytes(data[18:20], "little") == ELF_MACHINE[isa]
         assert str(tmp_path).encode() not in data
@@ -56,15 +56,43 @@ def test_links_for_both_machines_with_the_same_bytes_in_any_folder(
 def test_the_library_carries_the_embedded_file_and_its_functions(objects: dict[str, Path], tmp_path: Path) -> None:
     embedded = tmp_path / "signature.txt"
     embedded.write_text("what it is\n")
-    linker.link_shared(NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=embedded, workdir=tmp_path)
+    linker.link_shared(NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=[embedded], workdir=tmp_path)
     assert _embedded_text(tmp_path / "main.so") == b"what it is\n"
+
+
+def test_embedded_files_begin_a_page_and_cannot_be_written(objects: dict[str, Path], tmp_path: Path) -> None:
+    """What is only read stays one copy for all processes. They may lie elsewhere, and be empty."""
+    (tmp_path / "elsewhere").mkdir()
+    files = [tmp_path / "elsewhere" / name for name in ("signature.txt", "none", "weights-1.bin")]
+    for path, content in zip(files, (b"text", b"", bytes(range(256)) * 33), strict=True):
+        path.write_bytes(content)
+    linker.link_shared(NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=files, workdir=tmp_path)
+    assert _embedded_text(tmp_path / "main.so") == b"text"
+    library = ctypes.CDLL(str(tmp_path / "main.so"))
+    assert _place(library, "none", "start") == _place(library, "none", "end")
+    begin, end = (_place(library, "weights_1_bin", part) for part in ("start", "end"))
+    assert begin % 4096 == 0
+    assert ctypes.string_at(begin, end - begin) == bytes(range(256)) * 33
+    assert _permissions(begin) == "r--p"
+
+
+def _permissions(address: int) -> str:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, *_ = line.split()
+        begin, end = (int(part, 16) for part in span.split("-"))
+        if begin <= address < end:
+            return permissions
+    return "not mapped"
+
+
+def _place(library: ctypes.CDLL, name: str, part: str) -> int:
+    return ctypes.addressof(ctypes.c_char.in_dll(library, f"_binary_{name}_{part}"))
 
 
 def _embedded_text(path: Path) -> bytes:
     library = ctypes.CDLL(str(path))  # `expf` is left to the process
     assert library.answer() == 42
-    begin = ctypes.addressof(ctypes.c_char.in_dll(library, "_binary_signature_txt_start"))
-    end = ctypes.addressof(ctypes.c_char.in_dll(library, "_binary_signature_txt_end"))
+    begin, end = (_place(library, "signature_txt", part) for part in ("start", "end"))
     return ctypes.string_at(begin, end - begin)
 
 
@@ -78,7 +106,7 @@ def test_a_compiler_on_path_serves_without_ziglang(
     assert "gcc sha256:" in tool.name
     (tmp_path / "signature.txt").write_text("hello\n")
     linker.link_shared(
-        NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=tmp_path / "signature.txt", workdir=tmp_path
+        NATIVE, [objects[NATIVE]], tmp_path / "main.so", embed=[tmp_path / "signature.txt"], workdir=tmp_path
     )
     assert _embedded_text(tmp_path / "main.so") == b"hello\n"
 

@@ -5,21 +5,24 @@ Imports nothing heavy: TVM is seen only by ``api.py``, in a child process.
 
 from __future__ import annotations
 
+import mmap
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain
-from modelforge.compilers.tvm import preflight, run, runtime
-from modelforge.compilers.tvm.signature import FILE_NAME, HEADER
+from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain, Tuned
+from modelforge.compilers.tvm import preflight, run, runtime, tuner
+from modelforge.compilers.tvm.signature import FILE_NAME
 from modelforge.errors import BuildError, ToolchainMissing, UnsupportedError
 from modelforge.graph.facts import ModelFacts
 from modelforge.options import NO_OPTIONS, Options
 from modelforge.recipe import Dim
 from modelforge.store import Store
 from modelforge.target import CpuArchitecture, Target
-from modelforge.toolchains import linker, worker
+from modelforge.toolchains import linker
+from modelforge.toolchains import worker as child  # not `worker`: a module of this package has that name
 
 ARTIFACT = "main.so"
 _TRIPLE = {"x86-64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
@@ -33,8 +36,8 @@ class TvmCompiler:
 
     name: str = "tvm"
     title: str = "Apache TVM"
-    section = None
-    code_version: str = "1"
+    section: str | None = "tune"
+    code_version: str = "2"
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
         del target  # what it builds for one, it builds for all
@@ -59,26 +62,26 @@ class TvmCompiler:
         dims: Mapping[str, Dim],
         options: Options = NO_OPTIONS,
     ) -> list[Refusal]:
-        del options  # it has none of its own
-        return preflight.refusals(facts, target, precision, inputs, dims)
+        return [*preflight.refusals(facts, target, precision, inputs, dims), *tuner.refusals(target, options)]
 
     def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
         del model, target, options  # its facts say all that is known
         return []
 
+    def tuned_on(self, options: Options) -> str:
+        return tuner.place(options)
+
+    def tune(self, job: CompileJob) -> Tuned:
+        rules = f"{self.code_version}, TVM {runtime.installed_pair()['apache-tvm']}"
+        return tuner.tune(job, _request(job, _architecture(job)), rules, Store())
+
     def compile(self, job: CompileJob) -> Compiled:
-        arch = job.target.arch
-        if not isinstance(arch, CpuArchitecture):
-            raise UnsupportedError(f"TVM compiles for CPUs here, {job.target.tag} is none")
-        request = {
-            "model": str(job.model),
-            "folder": str(job.workdir / "tvm"),
-            "inputs": {name: list(shape) for name, shape in job.inputs.items()},
-            "symbol": preflight.batch_symbol(job.inputs),
-            "batches": list(preflight.gears(job.dims, job.inputs)),
-            "machine": _machine(arch),
-        }
-        answer = worker.call(
+        arch = _architecture(job)
+        request = _request(job, arch)
+        tuning = tuner.given(job.options)
+        if tuning is not None:
+            request["choices"] = tuning.choices
+        answer = child.call(
             "modelforge.compilers.tvm.worker:compile_model",
             request,
             workdir=job.workdir,
@@ -89,15 +92,14 @@ class TvmCompiler:
         device = runtime.device_files(arch.isa, Store(), job.workdir / "device")
         return Compiled(
             artifact=ARTIFACT,
-            files={ARTIFACT: library, **device.files},
+            files={ARTIFACT: library, **device.files, **tuner.files(job.options)},
             commands=(_compile_command(request), link_command, *device.commands),
             requires=_requires(arch),
             needs={"glibc": f">={linker.GLIBC}", "glibcxx": f">={GLIBCXX}"},
-            notes=_notes(job.precision),
+            notes=(*_notes(job.precision), *tuner.notes(tuning, answer["applied"])),
             report={
                 "signature": answer["signature"],
                 "kernels": answer["kernels"],
-                "scheduled": answer["scheduled"],
                 "entries": request["batches"],
             },
         )
@@ -110,12 +112,28 @@ class TvmCompiler:
         return run.hint(target)
 
     def race(self, first: RunJob, second: RunJob) -> tuple[float, float] | None:
-        """Not timed in this version."""
-        del first, second
-        return None
+        return run.race(first, second)
 
     def run(self, job: RunJob) -> Ran:
         return run.run(job)
+
+
+def _architecture(job: CompileJob) -> CpuArchitecture:
+    if not isinstance(job.target.arch, CpuArchitecture):
+        raise UnsupportedError(f"TVM compiles for CPUs here, {job.target.tag} is none")
+    return job.target.arch
+
+
+def _request(job: CompileJob, arch: CpuArchitecture) -> dict[str, Any]:
+    """What the child process is asked."""
+    return {
+        "model": str(job.model),
+        "folder": str(job.workdir / "tvm"),
+        "inputs": {name: list(shape) for name, shape in job.inputs.items()},
+        "symbol": preflight.batch_symbol(job.inputs),
+        "batches": list(preflight.gears(job.dims, job.inputs)),
+        "machine": _machine(arch),
+    }
 
 
 def _warnings(pair: Mapping[str, str], linkers: Mapping[str, str]) -> list[str]:
@@ -141,9 +159,13 @@ def _machine(arch: CpuArchitecture) -> dict[str, Any]:
     return {
         "triple": _TRIPLE[arch.isa],
         "mcpu": arch.mcpu,
-        "mattr": list(arch.mattr),
+        "mattr": [*arch.mattr, *(["-prefer-256-bit"] if arch.vector_bits == 512 else [])],
         "cores": arch.cores,
         "vector_bits": arch.vector_bits,
+        "l1d": arch.l1d,
+        "l2": arch.l2,
+        "dot": "vnni" if "avx512_vnni" in arch.cpuinfo else "sdot" if "asimddp" in arch.cpuinfo else "",
+        "fp16": "asimdhp" in arch.cpuinfo,
     }
 
 
@@ -153,17 +175,23 @@ def _link(isa: str, answer: Mapping[str, Any], folder: Path) -> tuple[Path, tupl
     signature.write_text(answer["signature"], encoding="utf-8")
     library = folder / ARTIFACT
     objects = [Path(path) for path in answer["objects"]]
-    command = linker.link_shared(isa, objects, library, embed=signature, workdir=folder)
-    _read_back(library, isa)
+    command = linker.link_shared(isa, objects, library, embed=[signature, Path(answer["weights"])], workdir=folder)
+    _read_back(library, isa, signature.read_bytes())
     return library, command
 
 
-def _read_back(library: Path, isa: str) -> None:
-    """A library for the right machine that describes itself, or an error."""
-    data = library.read_bytes()
-    machine = int.from_bytes(data[18:20], "little")
-    if data[:4] != b"\x7fELF" or machine != _ELF_MACHINE[isa] or HEADER.encode() not in data:
-        raise BuildError(f"what the linker made is not a model library for {isa}", where=library.name)
+def _read_back(library: Path, isa: str, signature: bytes) -> None:
+    """A whole library for the right machine that carries its description, or an error.
+
+    The table of sections is the last part of the file (System V gABI, chapter 4: e_shoff at 40, e_shentsize and
+    e_shnum at 58).
+    """
+    with library.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        (machine,), (begin,) = struct.unpack_from("<H", data, 18), struct.unpack_from("<Q", data, 40)
+        width, count = struct.unpack_from("<HH", data, 58)
+        whole = data[:4] == b"\x7fELF" and len(data) == begin + width * count
+        if not whole or machine != _ELF_MACHINE[isa] or data.find(signature) < 0:
+            raise BuildError(f"what the linker made is not a model library for {isa}", where=library.name)
 
 
 def _compile_command(request: Mapping[str, Any]) -> tuple[str, ...]:
@@ -174,7 +202,10 @@ def _compile_command(request: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _notes(precision: str) -> tuple[str, ...]:
-    usage = "run it with: ./run -o OUTPUTS main.so NAME=FILE.npy; ./run --describe main.so names its inputs"
+    usage = (
+        "run it with: ./run -o OUTPUTS main.so NAME=FILE.npy; ./run --describe main.so names its inputs; "
+        "in Python with NumPy: player.Model"
+    )
     return (usage, "convolutions and matrix products add up in fp16") if precision == "fp16" else (usage,)
 
 

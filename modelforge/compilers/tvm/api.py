@@ -1,152 +1,37 @@
-"""The only module that imports TVM: ONNX in, object files out. Runs in the child process of :mod:`.worker`.
+"""The only module that imports TVM: every name that its releases rename passes through here. Written for 0.27.
 
-TVM renames its interface from release to release; all that must follow is here. Written for 0.27.
+Runs in the child process of :mod:`.worker`. TVM ships no types: its objects are ``Any``.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import platform
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 import tvm
-from tvm import relax
+from tvm import relax, te, tirx, topi
 from tvm.relax.frontend.onnx import from_onnx
 from tvm.s_tir import Schedule
+from tvm_ffi import structural_hash, structural_map
 
-from modelforge.compilers.tvm import schedule
+from modelforge.compilers.tvm.machine import Machine
 
+__all__ = ["Mutator", "Schedule", "from_onnx", "mutator", "relax", "structural_map", "te", "tirx", "topi", "tvm"]
 
-@dataclass(frozen=True)
-class Machine:
-    """What code is generated for, in LLVM's words."""
+Mutator = relax.PyExprMutator
+mutator = relax.expr_functor.mutator
 
-    triple: str
-    mcpu: str
-    mattr: tuple[str, ...]
-    cores: int
-    vector_bits: int
-
-
-@dataclass(frozen=True)
-class Objects:
-    """Object files to link, in order, and what became of the functions in them."""
-
-    files: tuple[Path, ...]
-    functions: int
-    scheduled: int
+DATA_PARALLEL, REDUCTION = 0, 2
+"""``tvm.tirx.IterVar``: DataPar and CommReduce."""
+ELEMENTWISE, BROADCAST, INJECTIVE, COMMREDUCE, OUT_FUSIBLE, TUPLE, OPAQUE = 0, 1, 2, 3, 4, 7, 8
+"""``relax.OpPatternKind``: what FuseOps may join with what; OUT_FUSIBLE takes elementwise consumers only."""
 
 
-def import_entries(models: Mapping[str, Path]) -> Any:
-    """One IRModule with a Relax function per entry: ``models`` maps function names to models of fixed shape."""
-    merged = tvm.IRModule()
-    for function, path in models.items():
-        model = onnx.load(path)
-        module = from_onnx(model, shape_dict=_shapes(model), dtype_dict=_dtypes(model), keep_params_in_input=False)
-        module = relax.transform.DecomposeOpsForInference()(module)
-        merged.update(_renamed(module, function))
-    return merged
-
-
-def _renamed(module: Any, function: str) -> Any:
-    """The same module, with ``main`` called ``function``. The importer gives the kernels of every model the same
-    names, whatever their shapes: they get a name of their own too."""
-    names = {
-        name: tvm.ir.GlobalVar(function if name.name_hint == "main" else f"{name.name_hint}_{function}")
-        for name in module.get_global_vars()
-    }
-    for old, new in names.items():
-        relax.expr._update_type(new, old.ty)
-    result = tvm.IRModule()
-    for name, body in module.functions_items():
-        renamed = _Rename(names).visit_expr(body) if isinstance(body, relax.Function) else body
-        if renamed.attrs and "global_symbol" in renamed.attrs:
-            renamed = renamed.with_attr("global_symbol", names[name].name_hint)
-        result[names[name]] = renamed
-    return result
-
-
-@relax.expr_functor.mutator
-class _FoldPlain(relax.PyExprMutator):  # type: ignore[misc]  # TVM ships no types
-    """Folds what NumPy gives exactly, bias reshapes and the bounds of Clip above all: FoldConstant compiles a kernel
-    for each of them (60 ms), and there are hundreds."""
-
-    _VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
-
-    def visit_call_(self, call: Any) -> Any:
-        call = self.visit_expr_post_order(call)
-        name = getattr(call.op, "name", "")
-        values = [self._constant(argument) for argument in call.args]
-        if not values or values[0] is None:
-            return call
-        if name in self._VIEWS:
-            shape = self.builder_.normalize(call).ty.shape
-            return relax.const(values[0].reshape([int(size) for size in shape]))
-        if name == "relax.permute_dims":
-            axes = call.attrs.axes and [int(axis) for axis in call.attrs.axes]
-            return relax.const(np.ascontiguousarray(values[0].transpose(axes)))
-        if name == "relax.isnan":
-            return relax.const(np.isnan(values[0]))
-        if name == "relax.where" and all(value is not None for value in values):
-            return relax.const(np.where(*values))
-        return call
-
-    def _constant(self, expression: Any) -> Any:
-        if isinstance(expression, relax.Var):
-            expression = self.lookup_binding(expression)
-        return expression.value.numpy() if isinstance(expression, tvm.ir.expr.GenericConst) else None
-
-
-@relax.expr_functor.mutator
-class _LongSums(relax.PyExprMutator):  # type: ignore[misc]  # TVM ships no types
-    """Means, sums and softmax of FP16 go through FP32: a mean over 2304 pixels in FP16 was off by 0.04 of 1.
-
-    Convolutions and matrix products keep FP16 sums: that is what makes them faster than FP32.
-    """
-
-    _OPS = (
-        "relax.mean",
-        "relax.sum",
-        "relax.prod",
-        "relax.variance",
-        "relax.std",
-        "relax.cumsum",
-        "relax.nn.softmax",
-        "relax.nn.log_softmax",
-        "relax.nn.avg_pool1d",
-        "relax.nn.avg_pool2d",
-        "relax.nn.avg_pool3d",
-        "relax.nn.adaptive_avg_pool2d",
-    )
-
-    def visit_call_(self, call: Any) -> Any:
-        call = self.visit_expr_post_order(call)
-        if getattr(call.op, "name", "") not in self._OPS:
-            return call
-        if getattr(call.args[0].ty, "dtype", None) != "float16":
-            return call
-        wide = self.builder_.emit(relax.op.astype(call.args[0], "float32"))
-        result = self.builder_.emit(relax.Call(call.op, [wide, *call.args[1:]], call.attrs, call.ty_args))
-        return relax.op.astype(result, "float16")
-
-
-@relax.expr_functor.mutator
-class _Rename(relax.PyExprMutator):  # type: ignore[misc]  # TVM ships no types
-    def __init__(self, names: Mapping[Any, Any]) -> None:
-        super().__init__()
-        self._names = names
-
-    def visit_global_var_(self, op: Any) -> Any:
-        return self._names.get(op, op)
-
-
-def build(module: Any, machine: Machine, folder: Path) -> Objects:
-    """Lower, schedule and generate code; the object files go into ``folder``."""
-    target = tvm.target.Target(
+def target(machine: Machine) -> Any:
+    """TVM's target for a machine."""
+    return tvm.target.Target(
         {
             "kind": "llvm",
             "mtriple": machine.triple,
@@ -155,116 +40,217 @@ def build(module: Any, machine: Machine, folder: Path) -> Objects:
             "num-cores": machine.cores,
         }
     )
-    with target:
-        module = _lower(module)
-    module, scheduled, functions = _schedule(module, machine)
-    executable = tvm.compile(module, target)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    collected: list[Path] = []
-
-    def collect(_: str, files: Sequence[str], **__: Any) -> None:
-        collected.extend(Path(shutil.copy(file, folder / Path(file).name)) for file in files)
-
-    executable.export_library(str(folder / "unlinked.so"), fcompile=collect, workspace_dir=str(scratch))
-    shutil.rmtree(scratch)
-    return Objects(tuple(collected), functions, scheduled)
 
 
-def _lower(module: Any) -> Any:
-    entries = [name.name_hint for name, function in module.functions_items() if isinstance(function, relax.Function)]
-    for name in entries:
-        module[name] = _LongSums(module).visit_expr(_FoldPlain(module).visit_expr(module[name]))
-    passes = [
-        relax.transform.CanonicalizeBindings(),
-        relax.transform.FoldConstant(),
-        relax.transform.LegalizeOps(),
-        relax.transform.AnnotateTIROpPattern(),
-        relax.transform.FoldConstant(),
-        relax.transform.FuseOps(),
-        relax.transform.FuseTIR(),
-        relax.transform.DeadCodeElimination(entries),
-    ]
-    return tvm.transform.Sequential(passes)(module)
+def op_name(expression: Any) -> str:
+    """``relax.nn.conv2d`` of a call of an operator; empty for anything else."""
+    return str(getattr(getattr(expression, "op", None), "name", "")) if isinstance(expression, relax.Call) else ""
 
 
-def _schedule(module: Any, machine: Machine) -> tuple[Any, int, int]:
-    """Schedule each kernel; one that a rule cannot have stays as it is: slow, and right."""
-    scheduled = functions = 0
-    lanes = machine.vector_bits // 32
-    for name, function in list(module.functions_items()):
-        if not isinstance(function, tvm.tirx.PrimFunc):
-            continue
-        functions += 1
-        try:
-            result = schedule.apply(Schedule(function), lanes, machine.cores)
-        except Exception:  # whatever a schedule primitive refuses, the unscheduled kernel is right, only slow
-            continue
-        module[name] = result.with_attrs(dict(function.attrs.items())) if function.attrs else result
-        scheduled += 1
-    return module, scheduled, functions
+def shape_of(expression: Any) -> tuple[int, ...] | None:
+    """The shape of a tensor, or None where a dimension is not a number."""
+    shape = getattr(expression.ty, "shape", None)
+    if shape is None or any(not isinstance(size, tirx.IntImm) for size in shape):
+        return None
+    return tuple(int(size) for size in shape)
 
 
-def _shapes(model: Any) -> dict[str, list[int]]:
-    return {
-        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in _true_inputs(model.graph)
-    }
+def dtype_of(expression: Any) -> str:
+    """NumPy's name of a tensor's element type; empty for what is no tensor."""
+    return str(getattr(expression.ty, "dtype", None) or "")
 
 
-def _dtypes(model: Any) -> dict[str, str]:
-    return {value.name: dtype_name(value) for value in _true_inputs(model.graph)}
+def numbers(values: Any) -> tuple[int, ...]:
+    """Integers of an operator's attribute."""
+    return tuple(int(value) for value in values)
 
 
-def _true_inputs(graph: Any) -> list[Any]:
-    constants = {tensor.name for tensor in graph.initializer}
-    return [value for value in graph.input if value.name not in constants]
+def attributes(call: Any) -> str:
+    """An operator's attributes, in one spelling; empty where it has none."""
+    return "" if call.attrs is None else " ".join(str(call.attrs).partition("(")[2].removesuffix(")").split())
 
 
-def dtype_name(value: Any) -> str:
-    """NumPy's name for the element type of a graph input or output."""
-    return str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name)
+def is_constant(expression: Any) -> bool:
+    """Whether this is a tensor that is known now."""
+    return isinstance(expression, tvm.ir.expr.GenericConst)
 
 
-def tensors(path: Path) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tuple[str, str]]]:
-    """The inputs (name, dtype, shape) and outputs (name, dtype) of a model of fixed shape."""
-    model = onnx.load(path, load_external_data=False)
-    shapes = _shapes(model)
-    inputs = [(value.name, dtype_name(value), tuple(shapes[value.name])) for value in _true_inputs(model.graph)]
-    return inputs, [(value.name, dtype_name(value)) for value in model.graph.output]
+def constant_value(expression: Any) -> np.ndarray[Any, Any]:
+    """The array of a constant."""
+    array: np.ndarray[Any, Any] = expression.value.numpy()
+    return array
 
 
-def output_shapes(module: Any, function: str) -> list[tuple[int, ...]]:
-    """The shapes that TVM inferred for the outputs of an entry.
+def is_kernel(function: Any) -> bool:
+    """Whether a function of a module is code for loops, not a graph."""
+    return isinstance(function, tirx.PrimFunc)
 
-    Raises:
-        ValueError: one depends on the data.
+
+def graphs(module: Any) -> list[tuple[Any, Any]]:
+    """The graph functions of a module, with their names."""
+    return [(name, body) for name, body in module.functions_items() if isinstance(body, relax.Function)]
+
+
+def kernels(module: Any) -> list[tuple[Any, Any]]:
+    """The loop functions of a module, with their names."""
+    return [(name, body) for name, body in module.functions_items() if is_kernel(body)]
+
+
+def bindings(module: Any) -> list[tuple[Any, Any, list[Any]]]:
+    """Every variable of the graphs, what it is bound to, and the variables that this reads, one entry a use.
+
+    Last, for each graph, None with its result.
     """
-    result = module[function].ret_ty
-    fields = list(result.fields) if isinstance(result, relax.TupleType) else [result]
-    shapes: list[tuple[int, ...]] = []
-    for field in fields:
-        if field.shape is None or any(not isinstance(size, tvm.tirx.IntImm) for size in field.shape):
-            raise ValueError("the shape of an output depends on the data")
-        shapes.append(tuple(int(size) for size in field.shape))
-    return shapes
+    found: list[tuple[Any, Any, list[Any]]] = []
 
+    def reads(value: Any) -> list[Any]:
+        if isinstance(value, relax.Var):
+            return [value]
+        if isinstance(value, relax.Tuple):
+            return [variable for field in value.fields for variable in reads(field)]
+        if isinstance(value, relax.TupleGetItem):
+            return reads(value.tuple_value)
+        arguments = value.args if isinstance(value, relax.Call) else []
+        return [variable for argument in arguments for variable in reads(argument)]
 
-def failing_node(error: BaseException) -> str | None:
-    """Which ONNX node the importer was at when it raised: it does not say so itself, its frames do."""
-    trace = error.__traceback__
-    found = None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name == "_construct_nodes":
-            node = trace.tb_frame.f_locals.get("node")
-            if node is not None:
-                found = f"node {node.name or node.output[0]} ({node.op_type})"
-        trace = trace.tb_next
+    for _, graph in graphs(module):
+        body = graph.body
+        for block in body.blocks if isinstance(body, relax.SeqExpr) else []:
+            found += [(binding.var, binding.value, reads(binding.value)) for binding in block.bindings]
+        found.append((None, body, reads(body.body if isinstance(body, relax.SeqExpr) else body)))
     return found
 
 
-def importable_ops() -> list[str]:
-    """The ONNX operators that the importer maps."""
-    from tvm.relax.frontend.onnx import onnx_frontend
+def rewritten(module: Any, make: Callable[[Any], Any]) -> Any:
+    """The module with each graph passed through ``make(module)``, a :class:`Mutator`."""
+    rewriter = make(module)
+    for name, graph in graphs(module):
+        rewriter.builder_.update_func(name, rewriter.visit_expr(graph))
+    return rewriter.builder_.get()
 
-    return sorted(onnx_frontend._get_convert_map())
+
+def emit_kernel(
+    builder: Any, compute: Callable[..., Any], *arguments: Any, name: str, pattern: int, **attributes: int
+) -> Any:
+    """Emit a call of a kernel that ``compute`` describes in tensor expressions; ``pattern``: what may fuse with it."""
+    told = {"op_pattern": pattern, **attributes}
+    return builder.emit_te(compute, *arguments, primfunc_name_hint=name, primfunc_attrs=told)
+
+
+def register_intrinsic(name: str, meaning: str, body: str) -> None:
+    """Make an instruction known to ``Schedule.tensorize``; both are sources in TVMScript, with ``T`` for its names."""
+    from tvm.s_tir import TensorIntrin
+    from tvm.script import from_source
+    from tvm.script import tirx as script
+
+    functions = [from_source(text, extra_vars={"T": script}) for text in (meaning, body)]
+    TensorIntrin.register(name, *functions, override=True)
+
+
+def kernel_attribute(builder: Any, name: Any, attribute: str) -> Any:
+    """An attribute that :func:`emit_kernel` gave to a kernel; 0 where it gave none."""
+    attributes = builder.get()[name].attrs
+    return attributes[attribute] if attributes is not None and attribute in attributes else 0
+
+
+def computed_by(expression: Any, builder: Any) -> Any:
+    """The call that gave a value, through other names of it; None for an input, the expression itself if no name."""
+    while isinstance(expression, relax.Var):
+        expression = builder.lookup_binding(expression)
+    return expression
+
+
+def extent(sch: Any, loop: Any) -> int:
+    """How often a loop runs."""
+    return int(sch.get(loop).extent)
+
+
+def blocks(sch: Any) -> list[Any]:
+    """The blocks of a kernel, in order."""
+    return list(sch.get_child_blocks(sch.get_sblock("root")))
+
+
+def is_reduction(sch: Any, block: Any) -> bool:
+    """Whether a block sums, multiplies or compares over an axis."""
+    return any(int(var.iter_type) == REDUCTION for var in sch.get(block).iter_vars)
+
+
+def block_annotations(sch: Any, block: Any) -> Mapping[str, Any]:
+    """What ``te.compute(attrs=...)`` said of a block."""
+    found = sch.get(block).annotations
+    return {str(key): found[key] for key in found}
+
+
+def written_dtype(sch: Any, block: Any) -> str:
+    """The element type of what a block writes."""
+    return str(sch.get(block).writes[0].source.dtype)
+
+
+def block_name(sch: Any, block: Any) -> str:
+    """A block's name; unique within its kernel."""
+    return str(sch.get(block).name_hint)
+
+
+def count_rows_as_one(sch: Any, block: Any) -> None:
+    """Count all axes of a block but its last as one, in memory order."""
+    loops = sch.get_loops(block)
+    if len(loops) == 1:
+        sch.add_unit_loop(loops[0])
+    else:
+        regroup(sch, block, [len(loops) - 1, 1])
+
+
+def regroup(sch: Any, block: Any, counts: list[int]) -> None:
+    """Count so many axes of a block, in order, as one each: [2, 1] makes (a, b, c) into (a * B + b, c)."""
+    sizes = [extent(sch, loop) for loop in sch.get_loops(block)]
+
+    def grouped(*index: Any) -> tuple[Any, ...]:
+        rest, result = list(zip(index, sizes, strict=True)), []
+        for count in counts:
+            flat: Any = 0
+            for position, size in rest[:count]:
+                flat = flat * size + position
+            rest = rest[count:]
+            result.append(flat)
+        return tuple(result)
+
+    if any(count != 1 for count in counts):
+        dtype = str(sch.get(sch.get_loops(block)[0]).loop_var.ty.dtype)  # as :func:`narrowed` left it
+        sch.transform_block_layout(block, tirx.IndexMap.from_func(grouped, ndim=len(sizes), index_dtype=dtype))
+
+
+def narrowed(function: Any) -> Any:
+    """A kernel whose loops and indices count in 32 bits, as its code will: TVM narrows them later, but loses the hints
+    of :func:`~.kernels.loops.partition` then. A kernel with 64-bit data may have to stay as it is."""
+    try:
+        module = tirx.transform.ForceNarrowIndexToInt32()(tvm.IRModule({"main": function}))
+    except Exception:  # InternalError: an index is data of 64 bits
+        return function
+    return module["main"]
+
+
+def connect(host: str, port: int, key: str) -> Any:
+    """A session on ``python -m tvm.exec.rpc_server``; its ``cpu()`` is a device."""
+    from tvm import rpc
+
+    return rpc.connect(host, port, key)
+
+
+def on_device(array: np.ndarray[Any, Any], device: Any) -> Any:
+    """A copy of an array on a device, of this process or a session's."""
+    return tvm.runtime.tensor(array, device)
+
+
+def same_structure(module: Any) -> int:
+    """Equal for two modules whose functions do the same; constants count by content."""
+    return int(structural_hash(module, map_free_vars=True))
+
+
+def parameters_of(graph: Any) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and types of a graph's parameters."""
+    return [(shape_of(parameter) or (), dtype_of(parameter)) for parameter in graph.params]
+
+
+def host_triple() -> str:
+    """LLVM's words for the machine that this process runs on: ``x86_64-linux-gnu``."""
+    return f"{platform.machine()}-linux-gnu"

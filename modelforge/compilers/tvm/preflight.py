@@ -11,16 +11,13 @@ from functools import cache
 from pathlib import Path
 
 from modelforge.compilers.protocol import Refusal
+from modelforge.compilers.tvm.signature import DTYPES
 from modelforge.graph.facts import ModelFacts, OpFacts
 from modelforge.recipe import Dim
 from modelforge.target import CpuArchitecture, Target
 from modelforge.toolchains import linker
 
-DTYPES = frozenset(
-    ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
-)
-"""What ``runner.c`` reads and writes."""
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8", "mixed")
 _IMPORTER = "the ONNX importer of TVM 0.27 (relax/frontend/onnx/onnx_frontend.py)"
 _CONTROL_FLOW = ("If", "Loop", "Scan")
 _RECURRENT = ("LSTM", "GRU", "RNN")
@@ -58,23 +55,15 @@ def importable() -> Mapping[str, frozenset[str]]:
 
 def _precision(target: Target, precision: str) -> list[Refusal]:
     if precision not in PRECISIONS:
-        return [
-            Refusal(
-                "precision",
-                f"not built yet: {precision} kernels for CPUs; TVM would run the quantized model in float32",
-                'give this target the ladder ["fp16", "fp32"] or ["fp32"]',
-                "facts of TVM 0.27: quantize and dequantize are legalized around float convolutions",
-            )
-        ]
-    if precision == "fp16" and precision not in target.precisions:
-        return [
-            Refusal(
-                "precision",
-                f"{target.tag} has no arithmetic in fp16: its code would convert at each step and be slower than fp32",
-                'give this target the ladder ["fp32"]',
-            )
-        ]
-    return []
+        return [Refusal("precision", f"no kernels in {precision}", f"its precisions: {', '.join(PRECISIONS)}")]
+    if precision == "fp32" or precision in target.precisions:
+        return []
+    what = {
+        "fp16": "arithmetic in fp16: its code would convert at each step and be slower than fp32",
+        "int8": "dot products of int8: its sums would be no faster than in fp32",
+        "mixed": "dot products of int8: its sums would be no faster than in fp32",
+    }[precision]
+    return [Refusal("precision", f"{target.tag} has no {what}", 'give this target the ladder ["fp32"]')]
 
 
 def _linker(isa: str) -> list[Refusal]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from modelforge.target import CpuArchitecture, Target
 from modelforge.toolchains import host, process, qemu
 
 _ROUNDS = 10
+_TURNS = 5
+"""Of two variants that are timed beside each other; the first of a machine that was idle is the slowest, and the
+median drops it."""
 _DESCRIBE_SECONDS = 120.0
 
 
@@ -75,9 +79,41 @@ def run(job: RunJob) -> Ran:
     options = ["-o", str(folder), "-b", str(max(1, min(job.batch, signature.entries[-1].batch)))]
     if where.evidence == "device":
         options += ["-r", str(_ROUNDS)]
+        sizes = [size for size in job.timed if size <= signature.entries[-1].batch]
+        options += ["-t", ",".join(map(str, sizes))] if sizes else []
     said = _call([*program, *options, str(folder / "main.so"), *arguments], job, folder, job.timeout)
     _pack_outputs(job.outputs, signature, folder)
     return Ran(evidence=where.evidence, notes=(where.note,), latency=_latency(said))
+
+
+def race(first: RunJob, second: RunJob) -> tuple[float, float] | None:
+    """Median milliseconds of two variants for the first batch of samples, on one thread; None where they cannot run
+    here at full speed. In processes that take turns: what else the machine does hits both alike, and their pools of
+    threads never share a core.
+
+    Raises:
+        BuildError: one of them failed.
+    """
+    where = place(first.target)
+    if where is None or where.evidence != "device":
+        return None
+    commands = [_race_command(job, job.workdir / name) for name, job in (("first", first), ("second", second))]
+    medians: list[list[float]] = [[], []]
+    for _ in range(_TURNS):
+        for (command, folder), job, found in zip(commands, (first, second), medians, strict=True):
+            found.append(float(_latency(_call(command, job, folder, job.timeout, threads=1))["p50_ms"]))
+    ours, theirs = (round(statistics.median(found), 4) for found in medians)
+    return ours, theirs
+
+
+def _race_command(job: RunJob, folder: Path) -> tuple[list[str], Path]:
+    _lay_out(job, folder)
+    program = str(folder / RUNNER)
+    signature = _describe([program], job, folder)
+    batch = max(1, min(job.batch, signature.entries[-1].batch))
+    arguments = _unpack_inputs(job, signature, folder)
+    options = ["-o", str(folder), "-b", str(batch), "-r", str(_ROUNDS)]
+    return [program, *options, str(folder / "main.so"), *arguments], folder
 
 
 def _lay_out(job: RunJob, folder: Path) -> None:
@@ -99,10 +135,11 @@ def _describe(program: Sequence[str], job: RunJob, folder: Path) -> Signature:
         raise BuildError(f"the variant for {job.target.tag} does not describe itself: {error}") from error
 
 
-def _call(argv: Sequence[str], job: RunJob, folder: Path, timeout: float) -> str:
+def _call(argv: Sequence[str], job: RunJob, folder: Path, timeout: float, threads: int | None = None) -> str:
+    """Run the runner and give what it said; on as many threads as the profile has cores, if this machine has them."""
     log = folder / "run.log"
     log.unlink(missing_ok=True)
-    threads = min(host.this_host().cores, getattr(job.target.arch, "cores", 1))
+    threads = threads or min(host.this_host().cores, getattr(job.target.arch, "cores", 1))
     try:
         finished = process.run(argv, cwd=folder, log=log, timeout=timeout, env={"TVM_NUM_THREADS": str(threads)})
     except OSError as error:

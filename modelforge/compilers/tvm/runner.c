@@ -2,13 +2,9 @@
  *
  *   ./run [options] MODEL.so NAME=FILE.npy ...
  *
- * The model library describes itself: it carries a text, printed by --describe, with one line per input, output and
- * entry point ("*" is the batch; the name is the rest of the line):
- *
- *   modelforge-tvm 1
- *   input float32 4 * 3 48 192 x
- *   output float32 2 * 2 probabilities
- *   entry 4 main_b4
+ * The model library describes itself: it carries a text, printed by --describe (signature.py says how to read it).
+ * It carries the weights too: they are used where the loader maps them, so that the pages are read when they are
+ * needed, are never copied, and are shared by all processes that run this model.
  *
  * Arrays are NumPy .npy files, C order, little endian. The samples of an input lie along the first axis: a file has
  * the model's shape with its leading "*" or 1 replaced by the number of samples, else one more axis in front.
@@ -16,16 +12,22 @@
  * own is filled up to the next larger one by repeating its last sample, and the surplus is cut off again.
  *
  * libtvm_ffi.so and libtvm_runtime.so are loaded from the folder that holds this program. TVM_NUM_THREADS sets the
- * number of threads. Ends with 0, with 1 after a failure, with 2 after a wrong command line.
+ * number of threads, TVM_BIND_THREADS=0 leaves them to the kernel's scheduler; without the first, there are as many as
+ * the target's profile has cores, or as this process may use if that is fewer; where it may not use all cores of the
+ * machine (taskset), threads are not pinned. Ends with 0, with 1 after a failure,
+ * with 2 after a wrong command line.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <elf.h>
 #include <errno.h>
 #include <limits.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -37,7 +39,8 @@ static const char USAGE[] =
     "usage: run [options] MODEL.so NAME=FILE.npy ...\n"
     "  -o FOLDER     where the outputs go, as 0.npy, 1.npy ... (default: the current folder)\n"
     "  -b N          samples per run (default: the largest entry of the model)\n"
-    "  -r ROUNDS     run the first batch that often again, and print its latency\n"
+    "  -r ROUNDS     run the first batch that often again, and print its latency, the time to load and the peak memory\n"
+    "  -t SIZES      with -r: the same for these batch sizes, as 1,4,8: the first sample repeated\n"
     "  --describe    print the inputs, outputs and entries of the model\n";
 
 typedef struct {
@@ -68,12 +71,23 @@ typedef struct {
 typedef struct {
   int64_t batch;
   TVMFFIObjectHandle function;
+  TVMFFIAny *arguments; /* room for the inputs, then the weights */
+  int argument_count;
 } Entry;
+
+typedef struct {
+  DLManagedTensorVersioned view; /* of the library's own bytes */
+  int64_t shape[MAX_RANK];
+  TVMFFIObjectHandle handle;
+} Weight;
 
 typedef struct {
   Tensor inputs[MAX_TENSORS], outputs[MAX_TENSORS];
   Entry entries[MAX_ENTRIES];
-  int input_count, output_count, entry_count;
+  Weight **weights;
+  int input_count, output_count, entry_count, weight_count;
+  const char *weight_data;
+  size_t weight_bytes;
 } Model;
 
 static void fail(int code, const char *format, ...) {
@@ -85,6 +99,12 @@ static void fail(int code, const char *format, ...) {
   va_end(arguments);
   fflush(NULL);
   _exit(code); /* not exit(): the runtime's worker threads may still be alive */
+}
+
+static double milliseconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec * 1e3 + (double)now.tv_nsec / 1e6;
 }
 
 /* ---- the runtime, found beside this program ---- */
@@ -174,22 +194,104 @@ static const Kind *kind_named(const char *name) {
   return NULL;
 }
 
-/* One line "float32 4 * 3 48 192 name". */
-static void parse_tensor(Tensor *tensor, const char *line) {
+/* Reads "float32 4 * 3 48 192": type, rank, shape, "*" being 1. Gives what follows, and the bytes of it all. */
+static const char *parse_shape(const char *line, const Kind **kind, int *rank, int64_t *shape, int *batched, size_t *bytes) {
+  const char *whole = line;
   char word[32];
   int read = 0;
-  if (sscanf(line, "%31s %d%n", word, &tensor->rank, &read) != 2 || tensor->rank < 0 || tensor->rank > MAX_RANK)
-    fail(1, "the model's description cannot be read: %s", line);
-  tensor->kind = kind_named(word);
-  tensor->sample_bytes = kind_bytes(tensor->kind);
-  for (int i = 0; i < tensor->rank; i++) {
+  if (sscanf(line, "%31s %d%n", word, rank, &read) != 2 || *rank < 0 || *rank > MAX_RANK)
+    fail(1, "the model's description cannot be read: %s", whole);
+  *kind = kind_named(word);
+  *bytes = kind_bytes(*kind);
+  for (int i = 0; i < *rank; i++) {
     line += read;
-    if (sscanf(line, "%31s%n", word, &read) != 1) fail(1, "the model's description ends too soon");
-    tensor->batched |= word[0] == '*';
-    tensor->shape[i] = word[0] == '*' ? 1 : strtoll(word, NULL, 10);
-    tensor->sample_bytes *= (size_t)tensor->shape[i];
+    if (sscanf(line, "%31s%n", word, &read) != 1) fail(1, "the model's description ends too soon: %s", whole);
+    *batched |= word[0] == '*';
+    shape[i] = word[0] == '*' ? 1 : strtoll(word, NULL, 10);
+    *bytes *= (size_t)shape[i];
   }
-  snprintf(tensor->name, sizeof tensor->name, "%s", line + read + 1);
+  return line + read;
+}
+
+static void parse_tensor(Tensor *tensor, const char *line) {
+  line = parse_shape(line, &tensor->kind, &tensor->rank, tensor->shape, &tensor->batched, &tensor->sample_bytes);
+  snprintf(tensor->name, sizeof tensor->name, "%s", line + 1);
+}
+
+static void *more(void *array, int count, size_t size) { /* room for one more, doubled when it is full */
+  if ((count & (count - 1)) != 0) return array;
+  array = realloc(array, size * (size_t)(count == 0 ? 1 : 2 * count));
+  if (array == NULL) fail(1, "out of memory");
+  return array;
+}
+
+/* Without a deleter: what is viewed lives as long as the process. */
+static TVMFFIObjectHandle tensor_over(DLManagedTensorVersioned *view, void *data, const Kind *kind, int rank, int64_t *shape) {
+  *view = (DLManagedTensorVersioned){
+      .version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION},
+      .dl_tensor = {.data = data,
+                    .device = {kDLCPU, 0},
+                    .ndim = rank,
+                    .dtype = {kind->code, kind->bits, 1},
+                    .shape = shape},
+  };
+  TVMFFIObjectHandle handle = NULL;
+  if (ffi.from_dlpack(view, ALIGNMENT, 1, &handle) != 0) fail_with_raised("handing over a tensor");
+  return handle;
+}
+
+/* One line "960 float32 4 1 7 7 64": where it begins, then its type and shape. */
+static void parse_weight(Model *model, const char *line) {
+  Weight *weight = calloc(1, sizeof *weight);
+  char *rest = NULL;
+  const Kind *kind = NULL;
+  int rank = 0, batched = 0;
+  size_t bytes = 0, offset = strtoull(line, &rest, 10);
+  if (weight == NULL) fail(1, "out of memory");
+  parse_shape(rest, &kind, &rank, weight->shape, &batched, &bytes);
+  if (offset > model->weight_bytes || bytes > model->weight_bytes - offset)
+    fail(1, "the model's description names a weight beyond the %zu bytes of weights: %s", model->weight_bytes, line);
+  weight->handle = tensor_over(&weight->view, (void *)(model->weight_data + offset), kind, rank, weight->shape);
+  model->weights = more(model->weights, model->weight_count, sizeof *model->weights);
+  model->weights[model->weight_count++] = weight;
+}
+
+static void check_weights(Model *model, const char *line) {
+  if (strtoull(line, NULL, 10) != model->weight_bytes)
+    fail(1, "the model library holds %zu bytes of weights, its description says %s", model->weight_bytes, line);
+}
+
+/* One line "4 main_b4 0 1 2": the batch, the function, and which weights it takes after its inputs. */
+static void parse_entry(Model *model, const char *line, TVMFFIObjectHandle machine) {
+  if (model->entry_count == MAX_ENTRIES) fail(1, "the model has more than %d entries", MAX_ENTRIES);
+  Entry *entry = &model->entries[model->entry_count++];
+  char name[MAX_NAME];
+  int read = 0;
+  long long batch = 0;
+  if (sscanf(line, "%lld %511s%n", &batch, name, &read) != 2 || batch < 1)
+    fail(1, "the model's description cannot be read: entry %s", line);
+  entry->batch = batch;
+  entry->function = member(machine, name);
+  entry->argument_count = model->input_count;
+  entry->arguments = calloc((size_t)model->input_count + strlen(line), sizeof *entry->arguments); /* more than there are */
+  if (entry->arguments == NULL) fail(1, "out of memory");
+  for (char *rest = NULL, *at = (char *)line + read; *at != '\0'; at = rest) {
+    long row = strtol(at, &rest, 10);
+    if (rest == at || row < 0 || row >= model->weight_count) fail(1, "the model's description names no such weight: %s", at);
+    entry->arguments[entry->argument_count++] = object(model->weights[row]->handle);
+  }
+}
+
+/* Before the runtime looks: it reads the environment when it first starts threads. */
+static void set_threads(const char *line) {
+  cpu_set_t set;
+  long threads = strtol(line, NULL, 10), usable = threads;
+  char number[24];
+  if (sched_getaffinity(0, sizeof set, &set) == 0) usable = CPU_COUNT(&set);
+  snprintf(number, sizeof number, "%ld", usable < threads ? usable : threads < 1 ? 1 : threads);
+  setenv("TVM_NUM_THREADS", number, 0);
+  /* Its pinning knows nothing of the cores that this process was given, and would leave them. */
+  if (usable < sysconf(_SC_NPROCESSORS_ONLN)) setenv("TVM_BIND_THREADS", "0", 0);
 }
 
 static Tensor *next_tensor(Tensor *tensors, int *count) {
@@ -197,36 +299,65 @@ static Tensor *next_tensor(Tensor *tensors, int *count) {
   return &tensors[(*count)++];
 }
 
+static const char HEADER[] = "modelforge-tvm 2";
+
 static void parse_description(Model *model, char *description, TVMFFIObjectHandle machine) {
   char *rest = NULL;
   char *line = strtok_r(description, "\n", &rest);
-  if (line == NULL || strcmp(line, "modelforge-tvm 1") != 0)
-    fail(1, "the model's description is of another version than this program");
+  if (line == NULL || strcmp(line, HEADER) != 0)
+    fail(1, "the model describes itself as \"%s\", this program reads \"%s\": they are of different versions, take both "
+            "from one variant", line == NULL ? "" : line, HEADER);
   while ((line = strtok_r(NULL, "\n", &rest)) != NULL) {
-    if (strncmp(line, "input ", 6) == 0) {
-      parse_tensor(next_tensor(model->inputs, &model->input_count), line + 6);
-    } else if (strncmp(line, "output ", 7) == 0) {
-      parse_tensor(next_tensor(model->outputs, &model->output_count), line + 7);
-    } else if (strncmp(line, "entry ", 6) == 0) {
-      char *name = NULL;
-      if (model->entry_count == MAX_ENTRIES) fail(1, "the model has more than %d entries", MAX_ENTRIES);
-      Entry *entry = &model->entries[model->entry_count++];
-      entry->batch = strtoll(line + 6, &name, 10);
-      entry->function = member(machine, name + 1);
-    } else {
-      fail(1, "the model's description has a line that this program does not know: %s", line);
-    }
+    if (strncmp(line, "input ", 6) == 0) parse_tensor(next_tensor(model->inputs, &model->input_count), line + 6);
+    else if (strncmp(line, "output ", 7) == 0) parse_tensor(next_tensor(model->outputs, &model->output_count), line + 7);
+    else if (strncmp(line, "weights ", 8) == 0) check_weights(model, line + 8);
+    else if (strncmp(line, "weight ", 7) == 0) parse_weight(model, line + 7);
+    else if (strncmp(line, "entry ", 6) == 0) parse_entry(model, line + 6, machine);
+    else if (strncmp(line, "threads ", 8) == 0) set_threads(line + 8);
+    else fail(1, "the model's description has a line that this program does not know: %s", line);
   }
   if (model->entry_count == 0) fail(1, "the model has no entry");
 }
 
-static char *read_description(const char *path) {
+/* A file that was cut off is mapped without complaint, and ends in a bus error when the missing part is read: the
+ * table of sections is its last part. */
+static void check_whole(const char *path) {
+  Elf64_Ehdr header;
+  FILE *file = fopen(path, "rb");
+  if (file == NULL) fail(1, "cannot open %s: %s", path, strerror(errno));
+  size_t read = fread(&header, 1, sizeof header, file);
+  if (read != sizeof header || memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_ident[EI_CLASS] != ELFCLASS64)
+    fail(1, "%s is not a model library", path);
+  uint64_t end = header.e_shoff + (uint64_t)header.e_shnum * header.e_shentsize;
+  fseeko(file, 0, SEEK_END);
+  uint64_t size = (uint64_t)ftello(file);
+  if (size < end)
+    fail(1, "%s is cut off: %llu bytes of %llu", path, (unsigned long long)size, (unsigned long long)end);
+  fclose(file);
+}
+
+static void *part(void *library, const char *path, const char *symbol) {
+  void *address = dlsym(library, symbol);
+  if (address == NULL) fail(1, "%s does not describe itself: ModelForge did not make it", path);
+  return address;
+}
+
+/* Gives a copy of the description, and where the weights lie. */
+static char *open_library(const char *path, Model *model) {
+  check_whole(path);
   void *library = dlopen(path, RTLD_LAZY | RTLD_LOCAL);
   if (library == NULL) fail(1, "cannot load the model library: %s", dlerror());
-  const char *begin = dlsym(library, "_binary_signature_txt_start");
-  const char *end = dlsym(library, "_binary_signature_txt_end");
-  if (begin == NULL || end == NULL) fail(1, "%s does not describe itself: ModelForge did not make it", path);
-  return strndup(begin, (size_t)(end - begin));
+  const char *begin = part(library, path, "_binary_signature_txt_start");
+  const char *end = part(library, path, "_binary_signature_txt_end");
+  char *description = strndup(begin, (size_t)(end - begin));
+  if (description == NULL) fail(1, "out of memory");
+  if (strncmp(description, HEADER, strlen(HEADER)) != 0) return description; /* refused by its first line */
+  model->weight_data = part(library, path, "_binary_weights_bin_start");
+  model->weight_bytes = (size_t)((const char *)part(library, path, "_binary_weights_bin_end") - model->weight_data);
+  uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)model->weight_data / page * page;
+  /* Reading ahead while the rest is set up; only a wish. */
+  madvise((void *)first, model->weight_bytes + ((uintptr_t)model->weight_data - first), MADV_WILLNEED);
+  return description;
 }
 
 static TVMFFIObjectHandle load_machine(const char *path) {
@@ -302,31 +433,17 @@ static void open_output(Tensor *tensor, int position, const char *folder, int64_
 
 /* ---- running ---- */
 
-static void keep(DLManagedTensorVersioned *self) { (void)self; } /* the buffers live as long as the process */
-
 static TVMFFIAny run_once(const Model *model, const Entry *entry) {
   static DLManagedTensorVersioned views[MAX_TENSORS];
   static int64_t shapes[MAX_TENSORS][MAX_RANK];
-  TVMFFIAny arguments[MAX_TENSORS];
   for (int i = 0; i < model->input_count; i++) {
     const Tensor *tensor = &model->inputs[i];
     memcpy(shapes[i], tensor->shape, sizeof shapes[i]);
     if (tensor->batched) shapes[i][0] = entry->batch;
-    views[i] = (DLManagedTensorVersioned){
-        .version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION},
-        .deleter = keep,
-        .dl_tensor = {.data = tensor->buffer,
-                      .device = {kDLCPU, 0},
-                      .ndim = tensor->rank,
-                      .dtype = {tensor->kind->code, tensor->kind->bits, 1},
-                      .shape = shapes[i]},
-    };
-    TVMFFIObjectHandle handle = NULL;
-    if (ffi.from_dlpack(&views[i], ALIGNMENT, 1, &handle) != 0) fail_with_raised(tensor->name);
-    arguments[i] = object(handle);
+    entry->arguments[i] = object(tensor_over(&views[i], tensor->buffer, tensor->kind, tensor->rank, shapes[i]));
   }
-  TVMFFIAny result = call(entry->function, arguments, model->input_count, "running the model");
-  for (int i = 0; i < model->input_count; i++) ffi.drop(arguments[i].v_obj);
+  TVMFFIAny result = call(entry->function, entry->arguments, entry->argument_count, "running the model");
+  for (int i = 0; i < model->input_count; i++) ffi.drop(entry->arguments[i].v_obj);
   return result;
 }
 
@@ -365,30 +482,20 @@ static void read_samples(Tensor *tensor, int64_t samples, int64_t room) {
     memcpy((char *)tensor->buffer + tensor->sample_bytes * (size_t)i, last, tensor->sample_bytes);
 }
 
-static double milliseconds(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (double)now.tv_sec * 1e3 + (double)now.tv_nsec / 1e6;
-}
-
 static int rising(const void *a, const void *b) {
   double left = *(const double *)a, right = *(const double *)b;
   return (left > right) - (left < right);
 }
 
-static void measure(const Model *model, const Entry *entry, long rounds) {
-  double *times = malloc(sizeof *times * (size_t)rounds);
-  if (times == NULL) fail(1, "out of memory");
-  for (long i = 0; i < rounds; i++) {
-    double begun = milliseconds();
-    TVMFFIAny result = run_once(model, entry);
-    times[i] = milliseconds() - begun;
-    ffi.drop(result.v_obj);
-  }
-  qsort(times, (size_t)rounds, sizeof *times, rising);
-  printf("{\"batch\": %lld, \"rounds\": %ld, \"min_ms\": %.4f, \"p50_ms\": %.4f, \"p90_ms\": %.4f, \"p99_ms\": %.4f}\n",
-         (long long)entry->batch, rounds, times[0], times[rounds / 2], times[rounds * 9 / 10], times[rounds * 99 / 100]);
-  free(times);
+/* Of this program alone: what getrusage() gives is that of the process that started it, if that was larger. */
+static long long peak_memory(void) {
+  char line[256];
+  long long kilobytes = 0;
+  FILE *file = fopen("/proc/self/status", "r");
+  while (file != NULL && fgets(line, sizeof line, file) != NULL)
+    if (sscanf(line, "VmHWM: %lld kB", &kilobytes) == 1) break;
+  if (file != NULL) fclose(file);
+  return kilobytes * 1024;
 }
 
 static const Entry *entry_for(const Model *model, int64_t samples) {
@@ -397,15 +504,57 @@ static const Entry *entry_for(const Model *model, int64_t samples) {
   return &model->entries[model->entry_count - 1];
 }
 
-static void run_all(Model *model, int64_t samples, int64_t batch, long rounds) {
+/* Rising times of `rounds` runs. */
+static void take_times(const Model *model, const Entry *entry, long rounds, double *times) {
+  for (long i = 0; i < rounds; i++) {
+    double begun = milliseconds();
+    TVMFFIAny result = run_once(model, entry);
+    times[i] = milliseconds() - begun;
+    ffi.drop(result.v_obj);
+  }
+  qsort(times, (size_t)rounds, sizeof *times, rising);
+}
+
+static void repeat_first(Model *model, int64_t room) {
+  for (int i = 0; i < model->input_count; i++) {
+    Tensor *tensor = &model->inputs[i];
+    for (int64_t at = 1; tensor->batched && at < room; at++)
+      memcpy((char *)tensor->buffer + tensor->sample_bytes * (size_t)at, tensor->buffer, tensor->sample_bytes);
+  }
+}
+
+/* Prints one line of JSON. `sizes` is a list such as "1,4,8", or NULL. */
+static void measure(Model *model, const Entry *entry, long rounds, const char *sizes, double load, double first) {
+  double *times = malloc(sizeof *times * (size_t)rounds);
+  if (times == NULL) fail(1, "out of memory");
+  take_times(model, entry, rounds, times);
+  TVMFFIAny threads = call(global_function("runtime.NumThreads"), NULL, 0, "counting threads");
+  printf("{\"batch\": %lld, \"rounds\": %ld, \"threads\": %lld, \"min_ms\": %.4f, \"p50_ms\": %.4f, \"p90_ms\": %.4f, "
+         "\"p99_ms\": %.4f, \"load_ms\": %.4f, \"first_ms\": %.4f",
+         (long long)entry->batch, rounds, (long long)threads.v_int64, times[0], times[rounds / 2], times[rounds * 9 / 10],
+         times[rounds * 99 / 100], load, first);
+  for (const char *at = sizes, *next = NULL; at != NULL && *at != '\0'; at = *next == ',' ? next + 1 : next) {
+    long size = strtol(at, (char **)&next, 10);
+    const Entry *own = entry_for(model, size);
+    repeat_first(model, own->batch);
+    take_times(model, own, rounds, times);
+    printf("%s\"%ld\": %.4f", at == sizes ? ", \"by_batch\": {" : ", ", size, times[rounds / 2]);
+  }
+  printf("%s, \"peak_rss_bytes\": %lld}\n", sizes == NULL ? "" : "}", peak_memory());
+  free(times);
+}
+
+static void run_all(Model *model, int64_t samples, int64_t batch, long rounds, const char *sizes, double load) {
   for (int64_t done = 0; done < samples;) {
     int64_t now = samples - done < batch ? samples - done : batch;
     const Entry *entry = entry_for(model, now);
     for (int i = 0; i < model->input_count; i++) read_samples(&model->inputs[i], now, entry->batch);
+    double begun = milliseconds();
     TVMFFIAny result = run_once(model, entry);
+    double first = milliseconds() - begun;
     write_outputs(model, result, entry, now);
     ffi.drop(result.v_obj);
-    if (done == 0 && rounds > 0) measure(model, entry, rounds);
+    if (done == 0 && rounds > 0) measure(model, entry, rounds, sizes, load, first);
     done += now;
   }
   for (int i = 0; i < model->output_count; i++)
@@ -451,9 +600,18 @@ static long positive(const char *option, const char *value) {
   return number;
 }
 
+static void check_sizes(const char *sizes, int64_t largest) {
+  for (const char *at = sizes, *next = NULL; at != NULL; at = *next == ',' ? next + 1 : NULL) {
+    long size = strtol(at, (char **)&next, 10);
+    if (next == at || size < 1 || size > largest || (*next != ',' && *next != '\0'))
+      fail(2, "-t takes batch sizes from 1 to %lld, as 1,4,8", (long long)largest);
+  }
+}
+
 int main(int argc, char **argv) {
   static Model model;
-  const char *folder = ".";
+  double begun = milliseconds();
+  const char *folder = ".", *sizes = NULL;
   int64_t batch = 0;
   long rounds = 0;
   int describe = 0, one_by_one = 0, at = 1;
@@ -466,6 +624,7 @@ int main(int argc, char **argv) {
     if (strcmp(option, "-o") == 0 && value != NULL) folder = value;
     else if (strcmp(option, "-b") == 0) batch = positive(option, value);
     else if (strcmp(option, "-r") == 0) rounds = positive(option, value);
+    else if (strcmp(option, "-t") == 0 && value != NULL) sizes = value;
     else {
       fputs(USAGE, stderr);
       return 2;
@@ -479,20 +638,22 @@ int main(int argc, char **argv) {
   char path[PATH_MAX]; /* with a slash, or the loader would search its own folders */
   snprintf(path, sizeof path, "%s%s", strchr(argv[at], '/') == NULL ? "./" : "", argv[at]);
   if (access(path, R_OK) != 0) fail(1, "cannot open %s: %s", argv[at], strerror(errno));
-  char *description = read_description(path);
+  char *description = open_library(path, &model);
   if (describe) {
     fputs(description, stdout);
     return 0;
   }
   parse_description(&model, description, load_machine(path));
+  double load = milliseconds() - begun;
   for (int i = at + 1; i < argc; i++) name_input(&model, argv[i]);
   int64_t largest = model.entries[model.entry_count - 1].batch;
   int64_t samples = open_inputs(&model, largest, &one_by_one);
   if (batch > largest) fail(2, "-b %lld: the largest entry of the model takes %lld", (long long)batch, (long long)largest);
+  check_sizes(sizes, largest);
   if (batch == 0) batch = largest;
   if (one_by_one) batch = 1; /* an input without a batch: each sample may have another value there */
   for (int i = 0; i < model.output_count; i++) open_output(&model.outputs[i], i, folder, samples);
-  run_all(&model, samples, batch, rounds);
+  run_all(&model, samples, batch, rounds, sizes, load);
   fflush(NULL);
   _exit(0); /* no teardown: the runtime's threads and the pool are the kernel's to clean up */
 }

@@ -20,6 +20,10 @@ RUNTIME = "libtvm_runtime.so"
 FFI = "libtvm_ffi.so"
 RUNNER = "run"
 SOURCE = Path(__file__).parent / "runner.c"
+SERVER = "rpc_server"
+SERVER_SOURCE = Path(__file__).parent / "rpc_server.c"
+PLAYER = "player.py"
+"""For those who call from Python: it stands alone, and lies beside the runner under its own name."""
 
 _MEMBERS = {"apache-tvm": ("tvm/lib/libtvm_runtime.so", RUNTIME), "apache-tvm-ffi": ("tvm_ffi/lib/libtvm_ffi.so", FFI)}
 # The wheels' own tags: TVM's is built for 2.27 and 2.28, the FFI's for 2.24 and 2.28.
@@ -44,9 +48,9 @@ class Files:
 
 
 def device_files(isa: str, store: Store, folder: Path) -> Files:
-    """The runtime libraries and the runner for ``isa``, copied into ``folder``.
+    """The runtime libraries and the runners for ``isa``, copied into ``folder``.
 
-    They are fetched and compiled once, then kept in the store's home.
+    What is fetched and compiled is so once, then kept in the store's home.
 
     Raises:
         ToolchainMissing: the wheels of another machine cannot be fetched, or nothing here compiles C.
@@ -55,10 +59,26 @@ def device_files(isa: str, store: Store, folder: Path) -> Files:
     """
     command = linker.compile_command(isa, SOURCE.name, RUNNER, libraries=_LIBRARIES)
     folder.mkdir(parents=True)
-    kept = {**_libraries(isa, store), RUNNER: _runner(isa, store)}
+    kept = {**_libraries(isa, store), RUNNER: _program(isa, store, SOURCE, RUNNER)}
     for name, path in kept.items():
         copy_program(path, folder / name)
-    return Files({name: folder / name for name in kept}, (command,))
+    shutil.copyfile(Path(__file__).parent / PLAYER, folder / PLAYER)
+    return Files({name: folder / name for name in (*kept, PLAYER)}, (command,))
+
+
+def server_files(isa: str, store: Store, folder: Path) -> list[Path]:
+    """The server that a tuning measures on, and the libraries that it needs, copied into ``folder``.
+
+    Raises:
+        As :func:`device_files`.
+    """
+    kept = {SERVER: _program(isa, store, SERVER_SOURCE, SERVER), **_libraries(isa, store)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in kept.items():
+        partial = folder / f".part-{name}"
+        copy_program(path, partial)
+        partial.replace(folder / name)
+    return [folder / name for name in kept]
 
 
 def _libraries(isa: str, store: Store) -> dict[str, Path]:
@@ -95,18 +115,19 @@ def installed_pair() -> dict[str, str]:
         raise ToolchainMissing(f"{error.name} is not installed", fix="pip install 'modelforge[build]'") from None
 
 
-def _runner(isa: str, store: Store) -> Path:
+def _program(isa: str, store: Store, path: Path, name: str) -> Path:
+    """One of our programs in C, compiled for ``isa`` once and kept."""
     include = Path(str(importlib.metadata.distribution("apache-tvm-ffi").locate_file("tvm_ffi/include")))
-    source = digest_file(SOURCE).digest.removeprefix("sha256:")[:16]
+    source = digest_file(path).digest.removeprefix("sha256:")[:16]
     tool = linker.require(isa).name.replace(" ", "-").replace(":", "-")
 
     def fill(folder: Path) -> None:
         with store.workdir() as workdir:
             folders = [include, include / "dlpack"]
-            linker.compile_program(isa, SOURCE, folder / RUNNER, include=folders, workdir=workdir, libraries=_LIBRARIES)
+            linker.compile_program(isa, path, folder / name, include=folders, workdir=workdir, libraries=_LIBRARIES)
 
-    key = f"tvm-runner-{isa}-{source}-{installed_pair()['apache-tvm-ffi']}-{tool}"
-    return wheels.kept(key, fill, store=store)[RUNNER]
+    key = f"tvm-{'runner' if name == RUNNER else name}-{isa}-{source}-{installed_pair()['apache-tvm-ffi']}-{tool}"
+    return wheels.kept(key, fill, store=store)[name]
 
 
 def copy_program(source: Path, target: Path) -> None:

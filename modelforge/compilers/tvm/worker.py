@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from modelforge.compilers.tvm import api
+from modelforge.compilers.tvm import choices, codegen, frontend
+from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.signature import Entry, Signature, Tensor, merge_shapes
+from modelforge.compilers.tvm.weights import Weights
 from modelforge.errors import BuildError, ModelForgeError, UnsupportedError
 from modelforge.graph.specialize import specialize
 
@@ -18,28 +21,37 @@ def compile_model(request: dict[str, Any]) -> dict[str, Any]:
 
     The request holds ``model`` (path), ``folder`` (for the object files), ``inputs`` (shape by name), ``symbol``
     (the one that stands for the batch in them, or None), ``batches`` (an entry is made for each; ``[1]`` without a
-    symbol) and ``machine`` (the fields of :class:`api.Machine`).
+    symbol) and ``machine`` (the fields of :class:`Machine`).
 
-    The answer holds ``objects`` (paths, in the order to link), ``signature`` (a text), ``kernels`` and
-    ``scheduled``.
+    It may hold ``choices``, label by key (:mod:`.choices`); the answer tells under ``applied`` which keys were found.
+    The answer holds ``objects`` (paths, in the order to link), ``weights`` (the path of the blob), ``signature`` (a
+    text) and ``kernels`` (the fields of :class:`~.scheduling.KernelReport`).
     """
     folder = Path(request["folder"])
-    batches: list[int] = sorted(request["batches"])
-    models = _fixed_models(Path(request["model"]), folder, request["symbol"], batches)
-    module = _import(models)
-    signature = _signature(module, models, request, batches)
-    machine = api.Machine(**{**request["machine"], "mattr": tuple(request["machine"]["mattr"])})
+    module, models, machine = imported(request)
+    signature = _signature(module, models, request, sorted(request["batches"]))
     try:
-        objects = api.build(module, machine, folder / "objects")
+        with choices.session(request.get("choices")) as said:
+            objects = codegen.build(module, machine, folder / "objects")
     except Exception as error:  # TVM raises many types, none of them promised; the trace goes to the log
         traceback.print_exc()
         raise BuildError(f"generating code failed: {type(error).__name__}: {_first_line(error)}") from error
     return {
         "objects": [str(path) for path in objects.files],
-        "signature": signature.text(),
-        "kernels": objects.functions,
-        "scheduled": objects.scheduled,
+        "weights": str(objects.weights.blob),
+        "signature": _with_weights(signature, objects.weights, machine.cores).text(),
+        "kernels": [asdict(kernel) for kernel in objects.kernels],
+        "applied": sorted(said.applied),
     }
+
+
+def imported(request: Mapping[str, Any]) -> tuple[Any, dict[str, Path], Machine]:
+    """The module that a request of :func:`compile_model` asks for, the model of each of its graphs, and the machine."""
+    models = _fixed_models(
+        Path(request["model"]), Path(request["folder"]), request["symbol"], sorted(request["batches"])
+    )
+    machine = Machine(**{**request["machine"], "mattr": tuple(request["machine"]["mattr"])})
+    return _import(models), models, machine
 
 
 def _fixed_models(model: Path, folder: Path, symbol: str | None, batches: list[int]) -> dict[str, Path]:
@@ -54,22 +66,22 @@ def _fixed_models(model: Path, folder: Path, symbol: str | None, batches: list[i
 
 def _import(models: Mapping[str, Path]) -> Any:
     try:
-        return api.import_entries(models)
+        return frontend.import_entries(models)
     except ModelForgeError:
         raise
     except Exception as error:  # the importer raises OpNotImplemented, TypeError, ValueError, InternalError ...
         traceback.print_exc()
         raise UnsupportedError(
             f"TVM's importer cannot have it: {type(error).__name__}: {_first_line(error)}",
-            where=api.failing_node(error),
+            where=frontend.failing_node(error),
             fix="give the model fixed shapes and opset 13 to 18, or leave this operator out of the compiled stage",
         ) from error
 
 
 def _signature(module: Any, models: Mapping[str, Path], request: Mapping[str, Any], batches: list[int]) -> Signature:
     symbol = request["symbol"]
-    inputs, outputs = api.tensors(next(iter(models.values())))
-    found = [api.output_shapes(module, function) for function in models]
+    inputs, outputs = frontend.tensors(next(iter(models.values())))
+    found = [frontend.output_shapes(module, function) for function in models]
     described = []
     for position, (name, dtype) in enumerate(outputs):
         shapes = [shapes[position] for shapes in found]
@@ -89,6 +101,11 @@ def _signature(module: Any, models: Mapping[str, Path], request: Mapping[str, An
         outputs=tuple(described),
         entries=tuple(Entry(batch, function) for batch, function in zip(batches, models, strict=True)),
     )
+
+
+def _with_weights(signature: Signature, weights: Weights, threads: int) -> Signature:
+    entries = tuple(replace(entry, weights=weights.uses[entry.function]) for entry in signature.entries)
+    return replace(signature, entries=entries, weights=weights.table, weight_bytes=weights.size, threads=threads)
 
 
 def _first_line(error: Exception) -> str:

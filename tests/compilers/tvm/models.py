@@ -80,20 +80,30 @@ def conv_net(dtype: str = "float32") -> onnx.ModelProto:
     )
 
 
-def squeezenet() -> onnx.ModelProto:
-    """The SqueezeNet that onnx carries, with random weights: its own are all the same number."""
-    model = onnx.load(Path(onnx.__file__).parent / "backend/test/data/light/light_squeezenet.onnx")
+def light(name: str) -> onnx.ModelProto:
+    """A model that onnx carries, with random weights: its own are all the same number."""
+    model = onnx.load(Path(onnx.__file__).parent / f"backend/test/data/light/light_{name}.onnx")
     rng = np.random.default_rng(5)
     shapes = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     kept = [node for node in model.graph.node if node.op_type != "ConstantOfShape"]
+    norms = [node for node in kept if node.op_type == "BatchNormalization"]
+    positive = {name: spread for node in norms for name, spread in ((node.input[1], 0.3), (node.input[4], 1.0))}
     for node in model.graph.node:
         if node.op_type == "ConstantOfShape":
-            shape = tuple(int(size) for size in shapes[node.input[0]])
-            scale = (2 / max(1, np.prod(shape[1:]))) ** 0.5
-            weight = (rng.standard_normal(shape) * scale).astype(np.float32)
-            model.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
+            (name,), shape = node.output, tuple(int(size) for size in shapes[node.input[0]])
+            weight = rng.standard_normal(shape) * (2 / max(1, np.prod(shape[1:]))) ** 0.5
+            if name in positive:  # scales and variances, such that a deep net neither fades nor overflows
+                weight = positive[name] * rng.uniform(0.5, 1.5, shape)
+            elif len(shape) == 1:
+                weight *= 0.1
+            model.graph.initializer.append(numpy_helper.from_array(weight.astype(np.float32), name))
     del model.graph.node[:]
     model.graph.node.extend(kept)
+    used = {name for node in kept for name in node.input}
+    for field in (model.graph.initializer, model.graph.input):
+        left = [each for each in field if each.name in used]
+        del field[:]
+        field.extend(left)
     return model
 
 
@@ -119,10 +129,10 @@ class Built:
     target: Target
     compiled: Compiled
 
-    def run(self, arrays: Arrays, folder: Path, batch: int = 1) -> tuple[Arrays, Ran]:
+    def job(self, arrays: Arrays, folder: Path, batch: int = 1, timed: tuple[int, ...] = ()) -> RunJob:
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "in.npz", **arrays)
-        job = RunJob(
+        return RunJob(
             files=self.compiled.files,
             artifact=self.compiled.artifact,
             target=self.target,
@@ -130,9 +140,12 @@ class Built:
             batch=batch,
             outputs=folder / "out.npz",
             workdir=folder / "work",
-            timeout=120.0,
+            timeout=300.0,
+            timed=timed,
         )
-        ran = TvmCompiler().run(job)
+
+    def run(self, arrays: Arrays, folder: Path, batch: int = 1, timed: tuple[int, ...] = ()) -> tuple[Arrays, Ran]:
+        ran = TvmCompiler().run(self.job(arrays, folder, batch, timed))
         with np.load(folder / "out.npz") as outputs:
             return dict(outputs), ran
 

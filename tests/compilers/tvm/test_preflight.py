@@ -44,16 +44,16 @@ def _refusals(
     return TvmCompiler().supports(facts or _facts(), target or cortex_a76(), precision, inputs or INPUTS, dims)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "mixed"])
 def test_a_plain_model_is_welcome(precision: str) -> None:
     assert _refusals(precision=precision) == []
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed"])
-def test_quantized_models_are_not_built_yet(precision: str) -> None:
-    (refusal,) = _refusals(precision=precision)
+def test_quantized_models_are_refused_where_the_profile_does_not_list_them(precision: str) -> None:
+    (refusal,) = _refusals(target=Registry().get("cortex-a72"), precision=precision)
     assert refusal.rule == "precision"
-    assert refusal.what.startswith(f"not built yet: {precision}")
+    assert refusal.what.startswith("cortex-a72 has no dot products")
 
 
 def test_fp16_is_refused_where_the_processor_has_no_arithmetic_for_it() -> None:
@@ -111,9 +111,9 @@ def test_an_input_of_strings_is_refused() -> None:
 
 
 def test_the_table_of_operators_is_the_installed_importers() -> None:
-    api = pytest.importorskip("modelforge.compilers.tvm.api")
+    frontend = pytest.importorskip("modelforge.compilers.tvm.frontend")
     table = preflight.importable()
-    assert sorted(set().union(*table.values())) == api.importable_ops()
+    assert sorted(set().union(*table.values())) == frontend.importable_ops()
     text = json.loads((Path(modelforge.compilers.tvm.__file__).parent / "ops.json").read_text())
     assert text["importer"] == f"apache-tvm {modelforge.compilers.tvm.runtime.TVM_VERSION}"
 

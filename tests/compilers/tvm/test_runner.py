@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,14 +40,18 @@ def _samples(count: int = 2) -> np.ndarray:
 def test_describe_prints_what_the_model_takes_and_gives(folder: Path) -> None:
     done = _run(folder, "--describe", "main.so")
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [
-        "modelforge-tvm 1",
+    lines = done.stdout.splitlines()
+    assert lines[:5] == [
+        "modelforge-tvm 2",
+        "threads 2",
         "input float32 4 * 3 16 20 x",
         "output float32 2 * 10 y",
         "output float32 4 * 8 4 5 features/map",
-        "entry 1 main_b1",
-        "entry 4 main_b4",
-        "entry 8 main_b8",
+    ]
+    assert [line.split()[:3] for line in lines if line.startswith("entry ")] == [
+        ["entry", "1", "main_b1"],
+        ["entry", "4", "main_b4"],
+        ["entry", "8", "main_b8"],
     ]
 
 
@@ -79,6 +84,39 @@ def test_latency_is_one_json_line(folder: Path) -> None:
     measured = json.loads(done.stdout)
     assert (measured["batch"], measured["rounds"]) == (4, 20)
     assert 0 < measured["min_ms"] <= measured["p50_ms"] <= measured["p90_ms"] <= measured["p99_ms"]
+    assert 0 < measured["load_ms"] < 10_000
+    assert measured["min_ms"] <= measured["first_ms"] < 10_000
+    size = sum(path.stat().st_size for path in folder.glob("*.so"))
+    assert 1 << 20 < measured["peak_rss_bytes"] < 64 << 20, size
+
+
+def test_latency_by_batch(folder: Path) -> None:
+    """3 is padded to 4; the outputs are those of the samples that were given, all the same."""
+    given = _save(folder, _samples(2))
+    assert _run(folder, "main.so", given).returncode == 0
+    alone = np.load(folder / "0.npy")
+    done = _run(folder, "-r", "5", "-t", "1,3,8", "main.so", given)
+    by_batch = json.loads(done.stdout)["by_batch"]
+    assert list(by_batch) == ["1", "3", "8"]
+    assert 0 < by_batch["1"] < by_batch["8"]
+    np.testing.assert_array_equal(np.load(folder / "0.npy"), alone)
+
+
+@pytest.mark.parametrize(("environment", "threads"), [({}, None), ({"TVM_NUM_THREADS": "1"}, 1)])
+def test_as_many_threads_as_the_profile_has_cores(
+    folder: Path, environment: dict[str, str], threads: int | None
+) -> None:
+    given = _save(folder, _samples(4))
+    done = subprocess.run(
+        [folder / "run", "-r", "1", "main.so", given],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = threads or min(2, len(os.sched_getaffinity(0)))  # 2: what `this_machine` says
+    assert json.loads(done.stdout)["threads"] == expected
 
 
 def test_reads_the_second_version_of_the_format(folder: Path) -> None:
@@ -133,6 +171,8 @@ def test_a_file_that_ends_too_soon_is_refused(folder: Path) -> None:
         (["main.so", "z=x.npy"], "not NAME=FILE.npy"),
         (["-b", "0", "main.so", "x=x.npy"], "-b takes a number above zero"),
         (["-b", "9", "main.so", "x=x.npy"], "largest entry of the model takes 8"),
+        (["-r", "1", "-t", "1,9", "main.so", "x=x.npy"], "-t takes batch sizes from 1 to 8"),
+        (["-r", "1", "-t", "1;4", "main.so", "x=x.npy"], "-t takes batch sizes from 1 to 8"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2(folder: Path, arguments: list[str], message: str) -> None:
@@ -146,7 +186,7 @@ def test_a_wrong_command_line_ends_with_2(folder: Path, arguments: list[str], me
     ("arguments", "message"),
     [
         (["missing.so", "x=x.npy"], "missing.so"),
-        (["x.npy", "x=x.npy"], "cannot load the model library"),
+        (["x.npy", "x=x.npy"], "is not a model library"),
         (["libtvm_ffi.so", "x=x.npy"], "ModelForge did not make it"),
         (["main.so", "x=missing.npy"], "missing.npy"),
         (["-o", "no/such/folder", "main.so", "x=x.npy"], "no/such/folder"),
@@ -156,6 +196,60 @@ def test_a_wrong_command_line_ends_with_2(folder: Path, arguments: list[str], me
 def test_a_failure_ends_with_1(folder: Path, arguments: list[str], message: str) -> None:
     _save(folder, _samples())
     done = _run(folder, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def _patched(folder: Path, old: bytes, new: bytes) -> None:
+    data = (folder / "main.so").read_bytes()
+    assert data.count(old) == 1
+    assert len(old) == len(new)
+    (folder / "main.so").write_bytes(data.replace(old, new))
+
+
+def _line(folder: Path, word: str) -> bytes:
+    """The last line of the description that begins with a word."""
+    said = _run(folder, "--describe", "main.so").stdout.splitlines()
+    return [line for line in said if line.startswith(f"{word} ")][-1].encode()
+
+
+@pytest.mark.parametrize("left", [0.999, 0.5, 0.01])
+def test_a_library_that_was_cut_off_is_refused(folder: Path, left: float) -> None:
+    """It would be loaded, and end in a bus error once the part that is missing is read."""
+    given = _save(folder, _samples())
+    data = (folder / "main.so").read_bytes()
+    (folder / "main.so").write_bytes(data[: int(len(data) * left)])
+    done = _run(folder, "main.so", given)
+    assert done.returncode == 1
+    assert f"cut off: {int(len(data) * left)} bytes of {len(data)}" in done.stderr
+
+
+def test_a_description_of_another_version_is_refused(folder: Path) -> None:
+    given = _save(folder, _samples())
+    _patched(folder, b"modelforge-tvm 2\n", b"modelforge-tvm 3\n")
+    done = _run(folder, "main.so", given)
+    assert done.returncode == 1
+    assert '"modelforge-tvm 3"' in done.stderr
+    assert "different versions" in done.stderr
+
+
+def test_weights_of_another_length_are_refused(folder: Path) -> None:
+    given = _save(folder, _samples())
+    line = _line(folder, "weights")
+    _patched(folder, line + b"\n", line[:-1] + (b"1\n" if line[-1:] != b"1" else b"2\n"))
+    done = _run(folder, "main.so", given)
+    assert done.returncode == 1
+    assert "bytes of weights, its description says" in done.stderr
+
+
+@pytest.mark.parametrize(("word", "message"), [("weight", "names a weight beyond"), ("entry", "names no such weight")])
+def test_what_points_beyond_the_weights_is_refused(folder: Path, word: str, message: str) -> None:
+    given = _save(folder, _samples())
+    line = _line(folder, word)
+    number = line.split(b" ")[1 if word == "weight" else -1]
+    at = line.index(b" ") + 1 if word == "weight" else len(line) - len(number)
+    _patched(folder, line + b"\n", line[:at] + b"9" * len(number) + line[at + len(number) :] + b"\n")
+    done = _run(folder, "main.so", given)
     assert done.returncode == 1
     assert message in done.stderr
 

@@ -1,0 +1,415 @@
+"""Q and DQ become integer arithmetic, in the model's own order of axes: this comes before :mod:`.layout`.
+
+Two passes. :class:`Integers`: sums over quantized activations and weights become int32 sums, and what only moves
+values moves bytes. :class:`Requantize`: each remaining Q and DQ becomes a multiply-add, folded into the constants
+beside it, so that a layer is one kernel from int8 to int8: sums, a multiply-add (scale, bias), clip, round to even.
+
+Activations are kept in the 8-bit type that the machine's dot product reads: ``uint8``, 128 above ``int8``, with VNNI.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from modelforge.compilers.tvm.api import (
+    Mutator,
+    bindings,
+    constant_value,
+    dtype_of,
+    is_constant,
+    mutator,
+    numbers,
+    op_name,
+    relax,
+    rewritten,
+    shape_of,
+    tvm,
+)
+from modelforge.compilers.tvm.kernels.dot import has_unsigned_dot
+from modelforge.compilers.tvm.machine import Machine
+
+Array = np.ndarray[Any, Any]
+
+BOUNDS: Final = {"int8": (-128, 127), "uint8": (0, 255)}
+_MOVES: Final = frozenset(
+    "relax." + name
+    for name in (
+        "reshape permute_dims flatten squeeze expand_dims strided_slice broadcast_to tile repeat nn.max_pool2d "
+        "nn.adaptive_max_pool2d nn.relu concat split"
+    ).split()
+)
+"""Operators that give values that they were given; Relu gives zero, too."""
+
+
+def to_integers(module: Any, machine: Machine) -> Any:
+    """Rewrite a module's quantized parts; what is not quantized stays as it is."""
+    if not any(op_name(value) in ("relax.quantize", "relax.dequantize") for _, value, _ in bindings(module)):
+        return module
+    for make in (lambda own: Integers(own, machine), Requantize):
+        module = rewritten(module, make)
+        names = [name.name_hint for name in module.get_global_vars() if isinstance(module[name], relax.Function)]
+        passes = [relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination(names)]
+        module = tvm.transform.Sequential(passes)(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A float value is ``(stored - zero) * scale``."""
+
+    stored: Any
+    scale: float
+    zero: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A float constant is ``values * scale`` along ``axis``; one scale for all without one."""
+
+    values: Array
+    scale: Array
+    axis: int | None
+
+
+@mutator
+class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
+    """Knows the integers beside each quantized float value; the float ones fall away where nobody reads them."""
+
+    def __init__(self, module: Any, machine: Machine) -> None:
+        super().__init__(module)
+        self._type = "uint8" if has_unsigned_dot(machine) else "int8"
+        # Four times float's products a step: so many groups are still no slower, nor larger, as one with zeros.
+        self._most_groups = 4 if machine.dot else 1
+        self._quantized: dict[Any, Quantized] = {}
+        self._tuples: dict[Any, Quantized] = {}
+        self._weights: dict[Any, Weight] = {}
+        self._stored: dict[Any, Any] = {}
+
+    def visit_call_(self, call: Any) -> Any:
+        call = self.visit_expr_post_order(call)
+        name = op_name(call)
+        found = None
+        if name == "relax.quantize":
+            found = self._quantize(call)
+        elif name == "relax.dequantize":
+            found = self._dequantize(call)
+        elif name == "relax.nn.conv2d":
+            found = self._convolution(call)
+        elif name == "relax.matmul":
+            found = self._product(call)
+        elif name in _MOVES or (name == "relax.image.resize2d" and call.attrs.method == "nearest_neighbor"):
+            found = self._move(call, name)
+        return call if found is None else found
+
+    def visit_tuple_getitem_(self, item: Any) -> Any:
+        item = self.visit_expr_post_order(item)
+        source = self._tuples.get(self._resolve(item.tuple_value))
+        if source is None:
+            return item
+        stored = self.builder_.emit(relax.TupleGetItem(source.stored, item.index))
+        return self._float(Quantized(stored, source.scale, source.zero))
+
+    # ---- what is known of values ----
+
+    def _resolve(self, value: Any) -> Any:
+        while isinstance(value, relax.Var):
+            bound = self.lookup_binding(value)
+            if not isinstance(bound, relax.Var):
+                break
+            value = bound
+        return value
+
+    def _constant(self, value: Any) -> Array | None:
+        value = self._resolve(value)
+        if isinstance(value, relax.Var):
+            value = self.lookup_binding(value)
+        return constant_value(value) if value is not None and is_constant(value) else None
+
+    def _known(self, value: Any) -> Quantized | None:
+        return self._quantized.get(self._resolve(value))
+
+    def _float(self, found: Quantized) -> Any:
+        """The float value of integers, emitted, and known as such."""
+        scale, zero = relax.const(found.scale, "float32"), relax.const(found.zero, dtype_of(found.stored))
+        value = self.builder_.emit(relax.op.dequantize(found.stored, scale, zero, axis=-1, out_dtype="float32"))
+        self._quantized[value] = found
+        return value
+
+    def _parameters(self, call: Any) -> tuple[float, int] | None:
+        """Scale and zero point of a Q or DQ of a whole tensor."""
+        scale, zero = self._constant(call.args[1]), self._constant(call.args[2])
+        if scale is None or zero is None or scale.size != 1 or zero.size != 1:
+            return None
+        return float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
+
+    # ---- Q and DQ ----
+
+    def _quantize(self, call: Any) -> Any | None:
+        parameters, dtype = self._parameters(call), str(call.attrs.out_dtype)
+        if parameters is None or dtype not in BOUNDS:
+            return None
+        scale, zero = parameters
+        shift = BOUNDS[self._type][0] - BOUNDS[dtype][0]
+        known = self._known(call.args[0])
+        if known is not None and known.zero == zero + shift and np.isclose(known.scale, scale, rtol=1e-6, atol=0.0):
+            stored = known.stored
+        else:
+            own = relax.op.quantize(
+                call.args[0], call.args[1], relax.const(zero + shift, self._type), axis=-1, out_dtype=self._type
+            )
+            stored = self.builder_.emit(own)
+        plain = self.builder_.emit(call)
+        self._stored[plain] = stored
+        return plain
+
+    def _dequantize(self, call: Any) -> Any | None:
+        data = call.args[0]
+        values, scale, zeros = (self._constant(argument) for argument in call.args)
+        if values is not None and scale is not None and zeros is not None:
+            return self._constant_weight(values, scale, zeros, int(call.attrs.axis))
+        parameters, dtype = self._parameters(call), dtype_of(data)
+        if parameters is None or dtype not in BOUNDS:
+            return None
+        shift = BOUNDS[self._type][0] - BOUNDS[dtype][0]
+        return self._float(Quantized(self._in_own_type(data, shift), parameters[0], parameters[1] + shift))
+
+    def _in_own_type(self, data: Any, shift: int) -> Any:
+        """What an 8-bit value is in the type of this machine."""
+        stored = self._stored.get(self._resolve(data))
+        if stored is not None or shift == 0:
+            return data if stored is None else stored
+        wide = self.builder_.emit(relax.op.astype(data, "int16"))
+        moved = self.builder_.emit(relax.op.add(wide, relax.const(shift, "int16")))
+        return self.builder_.emit(relax.op.astype(moved, self._type))
+
+    def _constant_weight(self, values: Array, scale: Array, zeros: Array, axis: int) -> Any:
+        rank = values.ndim
+        axis = axis % rank if rank and scale.size > 1 else 0
+        along = [-1 if position == axis else 1 for position in range(rank)] if scale.size > 1 else [1] * rank
+        exact = values.astype(np.float32) - zeros.astype(np.float32).reshape(along if zeros.size > 1 else [1] * rank)
+        result = self.builder_.emit(relax.const((exact * scale.astype(np.float32).reshape(along)).astype(np.float32)))
+        if values.dtype == np.int8 and not zeros.any():
+            own_axis = axis if scale.size > 1 else None
+            self._weights[result] = Weight(values, scale.astype(np.float32).reshape(-1), own_axis)
+        return result
+
+    # ---- sums ----
+
+    def _convolution(self, call: Any) -> Any | None:
+        data, weight = self._known(call.args[0]), self._weights.get(self._resolve(call.args[1]))
+        attrs, groups = call.attrs, int(call.attrs.groups)
+        if data is None or weight is None or weight.axis not in (None, 0) or attrs.data_layout != "NCHW":
+            return None
+        shape, values = shape_of(data.stored), weight.values
+        if shape is None:
+            return None
+        if groups > 1 and not groups == shape[1] == len(values):
+            if groups > self._most_groups:
+                return None
+            values, groups = _dense(values, groups), 1
+        sums = relax.op.nn.conv2d(
+            self._difference(data),
+            relax.const(values),
+            strides=numbers(attrs.strides),
+            padding=numbers(attrs.padding),
+            dilation=numbers(attrs.dilation),
+            groups=groups,
+            out_dtype="int32",
+        )
+        return self._scaled(sums, data, weight, (1, -1, 1, 1))
+
+    def _product(self, call: Any) -> Any | None:
+        data, weight = self._known(call.args[0]), self._weights.get(self._resolve(call.args[1]))
+        if data is None or weight is None or weight.values.ndim != 2 or weight.axis not in (None, 1):
+            return None
+        if shape_of(data.stored) is None:
+            return None
+        sums = relax.op.matmul(self._difference(data), relax.const(weight.values), out_dtype="int32")
+        return self._scaled(sums, data, weight, (-1,))
+
+    def _difference(self, data: Quantized) -> Any:
+        """``stored - zero``, which :func:`.kernels.quantized.activations_of` reads back."""
+        wide = self.builder_.emit(relax.op.astype(data.stored, "int16"))
+        return self.builder_.emit(relax.op.subtract(wide, relax.const(data.zero, "int16")))
+
+    def _scaled(self, sums: Any, data: Quantized, weight: Weight, along: tuple[int, ...]) -> Any:
+        """The float value of int32 sums."""
+        scale = (np.float64(data.scale) * weight.scale.astype(np.float64)).astype(np.float32)
+        wide = self.builder_.emit(relax.op.astype(self.builder_.emit(sums), "float32"))
+        constant = relax.const(scale.reshape(along) if scale.size > 1 else scale.reshape(()))
+        return relax.op.multiply(wide, constant)
+
+    # ---- what moves values ----
+
+    def _move(self, call: Any, name: str) -> Any | None:
+        if name == "relax.permute_dims" and (weight := self._weights.get(self._resolve(call.args[0]))) is not None:
+            return self._turned(call, weight)
+        if name == "relax.concat":
+            return self._concat(call)
+        known = self._known(call.args[0])
+        if known is None:
+            return None
+        if name == "relax.nn.relu":
+            floor = relax.const(known.zero, dtype_of(known.stored))
+            moved = relax.op.maximum(known.stored, floor)
+        else:
+            moved = relax.Call(call.op, [known.stored, *call.args[1:]], call.attrs, call.ty_args)
+        stored = self.builder_.emit(moved)
+        if name == "relax.split":
+            plain = self.builder_.emit(call)
+            self._tuples[plain] = Quantized(stored, known.scale, known.zero)
+            return plain
+        return self._float(Quantized(stored, known.scale, known.zero))
+
+    def _turned(self, call: Any, weight: Weight) -> Any:
+        rank = weight.values.ndim
+        axes = numbers(call.attrs.axes) if call.attrs.axes is not None else tuple(reversed(range(rank)))
+        axes = tuple(axis % rank for axis in axes)
+        exact = self._constant(call.args[0])
+        assert exact is not None
+        result = self.builder_.emit(relax.const(np.ascontiguousarray(exact.transpose(axes))))
+        axis = None if weight.axis is None else axes.index(weight.axis)
+        self._weights[result] = Weight(np.ascontiguousarray(weight.values.transpose(axes)), weight.scale, axis)
+        return result
+
+    def _concat(self, call: Any) -> Any | None:
+        fields = call.args[0]
+        bound = self.lookup_binding(fields) if isinstance(fields, relax.Var) else fields
+        known = [self._known(field) for field in bound.fields] if isinstance(bound, relax.Tuple) else []
+        first = known[0] if known else None
+        if first is None or any(each is None or (each.scale, each.zero) != (first.scale, first.zero) for each in known):
+            return None
+        stored = relax.op.concat([each.stored for each in known if each is not None], axis=call.attrs.axis)
+        return self._float(Quantized(self.builder_.emit(stored), first.scale, first.zero))
+
+
+def _dense(weight: Array, groups: int) -> Array:
+    """The weight [O, I / groups, ...] of a convolution in groups as one of a single group, zeros between groups."""
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    full = np.zeros((len(weight), inputs * groups, *weight.shape[2:]), weight.dtype)
+    for group in range(groups):
+        rows = slice(group * outputs, (group + 1) * outputs)
+        full[rows, group * inputs : (group + 1) * inputs] = weight[rows]
+    return full
+
+
+@mutator
+class Requantize(Mutator):  # type: ignore[misc]  # TVM ships no types
+    """Q and DQ as arithmetic.
+
+    Walks the graph as it was given (``_given``): its values are emitted scaled where only one operator reads them; a DQ
+    is repeated for each operator that reads it, so that no float tensor is kept for it.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self._given: dict[Any, Any] = {}
+        self._uses: Counter[Any] = Counter()
+        for variable, value, reads in bindings(module):
+            self._given[variable] = value
+            self._uses.update(reads)
+
+    def visit_call_(self, call: Any) -> Any:
+        name = op_name(call)
+        if name == "relax.quantize" and self._is_whole(call) and str(call.attrs.out_dtype) in BOUNDS:
+            return self._quantized(call)
+        if name == "relax.dequantize" and self._is_whole(call):
+            return self._affine(call, 1.0, 0.0)
+        arguments = [self._read(argument) for argument in call.args]
+        return relax.Call(call.op, arguments, call.attrs, call.ty_args)
+
+    def _read(self, argument: Any) -> Any:
+        """An operand; with a DQ of its own where it is one."""
+        if isinstance(argument, relax.Tuple):
+            return relax.Tuple([self._read(field) for field in argument.fields])
+        given = self._given.get(argument) if isinstance(argument, relax.Var) else None
+        if isinstance(given, relax.Tuple):
+            return relax.Tuple([self._read(field) for field in given.fields])
+        if op_name(given) == "relax.dequantize" and self._is_whole(given):
+            return self.builder_.emit(self._affine(given, 1.0, 0.0))
+        return self.visit_expr(argument)
+
+    def _is_whole(self, call: Any) -> bool:
+        return all(self._is_number(value) for value in call.args[1:3])
+
+    def _constant(self, value: Any) -> Array | None:
+        while isinstance(value, relax.Var) and value in self._given:
+            value = self._given[value]
+        return constant_value(value) if is_constant(value) else None
+
+    def _is_number(self, value: Any) -> bool:
+        found = self._constant(value)
+        return found is not None and found.size == 1
+
+    def _number(self, value: Any) -> float:
+        found = self._constant(value)
+        assert found is not None
+        return float(found.reshape(-1)[0])
+
+    def _quantized(self, call: Any) -> Any:
+        """clip and round of ``x / scale + zero``; what clips ``x`` already becomes the bounds."""
+        dtype = str(call.attrs.out_dtype)
+        scale, zero = self._number(call.args[1]), self._number(call.args[2])
+        low, high = (float(bound) for bound in BOUNDS[dtype])
+        value = call.args[0]
+        while (given := self._only(value)) is not None:
+            name = op_name(given)
+            if name == "relax.nn.relu":
+                low = max(low, zero)
+            elif name == "relax.maximum" and self._is_number(given.args[1]):
+                low = max(low, self._number(given.args[1]) / scale + zero)
+            elif name == "relax.minimum" and self._is_number(given.args[1]):
+                high = min(high, self._number(given.args[1]) / scale + zero)
+            else:
+                break
+            value = given.args[0]
+        found = self._emit(self._scaled(value, 1.0 / scale, zero))
+        found = self._emit(relax.op.maximum(found, relax.const(low, "float32")))
+        found = self._emit(relax.op.minimum(found, relax.const(max(low, high), "float32")))
+        return relax.op.astype(self._emit(relax.op.round(found)), dtype)
+
+    def _only(self, value: Any) -> Any | None:
+        """What a value stands for, where nothing else reads it."""
+        return self._given.get(value) if isinstance(value, relax.Var) and self._uses[value] == 1 else None
+
+    def _scaled(self, value: Any, factor: float, offset: float) -> Any:
+        """``value * factor + offset``, with both in the constants that are there. ``factor`` is positive."""
+        given = self._only(value)
+        name = op_name(given)
+        if given is not None and name in ("relax.add", "relax.multiply"):
+            first, second = given.args
+            if self._constant(first) is not None:
+                first, second = second, first
+            constant = self._constant(second)
+            if name == "relax.add" and constant is not None:
+                moved = (constant.astype(np.float64) * factor + offset).astype(np.float32)
+                return relax.op.add(self._emit(self._scaled(first, factor, 0.0)), relax.const(moved))
+            if name == "relax.add":
+                one, other = self._scaled(first, factor, offset), self._scaled(second, factor, 0.0)
+                return relax.op.add(self._emit(one), self._emit(other))
+            if constant is not None:
+                moved = (constant.astype(np.float64) * factor).astype(np.float32)
+                return self._plus(relax.op.multiply(self._read(first), relax.const(moved)), offset)
+        if given is not None and name == "relax.nn.relu":
+            inner = self._emit(self._scaled(given.args[0], factor, 0.0))
+            return self._plus(relax.op.maximum(inner, relax.const(0.0, "float32")), offset)
+        bound = self._given.get(value) if isinstance(value, relax.Var) else None
+        if bound is not None and op_name(bound) == "relax.dequantize" and self._is_whole(bound):
+            return self._affine(bound, factor, offset)
+        return self._plus(relax.op.multiply(self._read(value), relax.const(factor, "float32")), offset)
+
+    def _affine(self, call: Any, factor: float, offset: float) -> Any:
+        """``DQ * factor + offset`` as one multiply-add."""
+        scale, zero = self._number(call.args[1]) * factor, self._number(call.args[2])
+        wide = self._emit(relax.op.astype(self.visit_expr(call.args[0]), "float32"))
+        return self._plus(relax.op.multiply(wide, relax.const(scale, "float32")), offset - zero * scale)
+
+    def _plus(self, value: Any, offset: float) -> Any:
+        return relax.op.add(self._emit(value), relax.const(offset, "float32")) if offset else value
+
+    def _emit(self, value: Any) -> Any:
+        return self.builder_.emit(value)

@@ -1,0 +1,142 @@
+"""Convolutions of int8, channels last: the same tiles as in float, filled by the machine's integer products.
+
+Idea: ``(q - zero) * w`` summed is ``q * w`` summed less ``zero * sum(w)``, which is known now: activations are
+multiplied as they lie in memory, pads hold the zero point, and the sums of a tile stay in registers until the fused
+epilogue makes the next layer's int8 of them. Where the instruction reads 16 bits, or the input has to be padded, a copy
+is made first.
+Bound: one product step per instruction (:mod:`.dot`), two instructions a cycle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelforge.compilers.tvm.api import (
+    OUT_FUSIBLE,
+    block_annotations,
+    constant_value,
+    dtype_of,
+    emit_kernel,
+    te,
+)
+from modelforge.compilers.tvm.kernels import tiles
+from modelforge.compilers.tvm.kernels.convolution import Window, window_of
+from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
+from modelforge.compilers.tvm.kernels.loops import neighbours
+from modelforge.compilers.tvm.kernels.matmul_int8 import multiply
+from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of, as_operand
+from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.machine import Machine
+
+
+@dataclass(frozen=True)
+class ConvolutionInt8:
+    """Convolutions of one group over quantized activations, with constant int8 weights."""
+
+    name: str = "convolution-int8"
+    operators: tuple[str, ...] = ("relax.nn.conv2d",)
+
+    def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
+        window = window_of(call)
+        if window is None or int(call.attrs.groups) != 1 or dtype_of(call.args[1]) != "int8":
+            return None
+        data = activations_of(call.args[0], builder)
+        if data is None:
+            return None
+        weight = constant_value(call.args[1])
+        if window.flat:
+            return multiply(data, weight, builder, machine)
+        return _convolve(window, weight, data, builder, machine)
+
+    def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
+        rows, columns, vectors, depth = (int(value) for value in block_annotations(sch, anchor)[TILE])
+        dot = dot_of(machine, depth)
+        pads, after = neighbours(sch, anchor, machine)
+        out = after[-1]
+        batch, y, x, channel = sch.get_loops(out)
+        y, y_tile = sch.split(y, factors=[None, rows])
+        x, x_tile = sch.split(x, factors=[None, columns])
+        block, channel = sch.split(channel, factors=[None, vectors * dot.lanes])
+        outer, tile = [block, batch, y, x], [y_tile, x_tile]
+        store_products(sch, anchor, out, outer, tile, block, channel, vectors, dot, pads, machine)
+        return f"{dot.name} {rows * columns}x{vectors * dot.lanes}"
+
+
+def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, builder: Any, machine: Machine) -> Any:
+    """Emit the int32 sums of ``data`` (NHWC) times ``weight`` (OHWI)."""
+    depth = weight.shape[3]
+    dot = dot_of(machine, depth)
+    rows, tile = _tile(window, dot, machine)
+    columns = tile.rows // rows
+    height, width = window.size
+    tall, wide = _up(height, rows), _up(width, columns)
+    packed = pack(weight, dot, tile.columns)
+    blocks, (kernel_height, kernel_width), parts = int(packed.value.shape[0]), window.kernel, int(packed.value.shape[3])
+    strides, dilation = window.strides, window.dilation
+    zero, correction = data.zero_for(dot), data.correction(weight, dot)
+    top, left = window.padding[:2]
+    pads = [top, left, *window.padded_for(tall, wide), parts * dot.depth - depth]
+    attrs = {
+        RULE: ConvolutionInt8.name,
+        MACS: window.data[0] * height * width * weight.size,
+        TILE: [rows, columns, tile.vectors, depth],
+    }
+
+    def compute(stored: Any, weight: Any, *correction: Any) -> Any:
+        operand = as_operand(stored, dot, data.zero, zero, pads)
+        ry, rx, rk = (
+            te.reduce_axis((0, size), name)
+            for name, size in (("ry", kernel_height), ("rx", kernel_width), ("rk", parts))
+        )
+        inner = [te.reduce_axis((0, size), name) for name, size in zip(("rj", "ri"), dot.axes, strict=False)]
+        sums = te.compute(
+            (window.data[0], tall, wide, blocks * tile.columns),
+            lambda n, y, x, c: te.sum(
+                operand[
+                    n,
+                    y * strides[0] + ry * dilation[0],
+                    x * strides[1] + rx * dilation[1],
+                    rk * dot.depth + dot.of_activations(inner),
+                ].astype("int32")
+                * weight[
+                    c // tile.columns,
+                    ry,
+                    rx,
+                    rk,
+                    c % tile.columns // dot.lanes,
+                    *dot.of_weights(c % dot.lanes, inner),
+                ].astype("int32"),
+                axis=[ry, rx, rk, *inner],
+            ),
+            name="sums",
+            attrs=attrs,
+        )
+        shape = (window.data[0], height, width, window.channels)
+        return finished(shape, sums, *correction)
+
+    arguments = [data.stored, packed, *([] if correction is None else [correction])]
+    return emit_kernel(builder, compute, *arguments, name="convolution_int8", pattern=OUT_FUSIBLE)
+
+
+def _tile(window: Window, dot: Dot, machine: Machine) -> tuple[int, tiles.Tile]:
+    """Rows of the image in a tile, and the tile over rows x columns pixels."""
+    height, width = window.size
+    machine = dot.seen_by_tiles(machine)
+    channels = max(window.channels, dot.lanes)  # no narrower instruction is used
+
+    def choose(heights: list[tuple[int, float]]) -> tiles.Tile:
+        return tiles.choose(heights, channels, machine, "int32", dot.widest)
+
+    single = choose(tiles.padded(width, machine))
+    if width * 2 > machine.registers:
+        return 1, single
+    several = [(rows * width, _up(height, rows) / height) for rows in range(1, machine.registers // width + 1)]
+    tile = choose([*several, *tiles.padded(width, machine)])
+    return (tile.rows // width, tile) if tile.rows % width == 0 else (1, tile)
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step

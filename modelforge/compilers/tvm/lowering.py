@@ -1,0 +1,42 @@
+"""A module of graphs in, a module of unscheduled kernels out: channels last, weights packed, chains fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelforge.compilers.tvm.affine import FoldAffine
+from modelforge.compilers.tvm.api import graphs, relax, rewritten, target, tvm
+from modelforge.compilers.tvm.chains import LayerNorms
+from modelforge.compilers.tvm.integer import to_integers
+from modelforge.compilers.tvm.kernels import rewriter
+from modelforge.compilers.tvm.layout import channels_last
+from modelforge.compilers.tvm.machine import Machine
+from modelforge.compilers.tvm.shuffle import ForwardShuffles
+from modelforge.compilers.tvm.simplify import FoldPlain, LongSums, Pairwise, PlainClip
+
+
+def lower(module: Any, machine: Machine) -> Any:
+    """Lower to calls of kernels; each that a rule made carries that rule's name (:mod:`.kernels.rule`)."""
+    with target(machine):
+        for mutator in (FoldPlain, LayerNorms, FoldAffine, Pairwise, LongSums, PlainClip, ForwardShuffles):
+            module = rewritten(module, mutator)
+        module = to_integers(module, machine)
+        return to_kernels(channels_last(module), machine)
+
+
+def to_kernels(module: Any, machine: Machine) -> Any:
+    """The last part of :func:`lower`: operators become kernels, and chains of kernels one."""
+    entries = [name.name_hint for name, _ in graphs(module)]
+    with target(machine):
+        module = rewritten(module, lambda own: rewriter(own, machine))
+        passes = [
+            relax.transform.CanonicalizeBindings(),
+            relax.transform.FoldConstant(),
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(entries),
+        ]
+        return tvm.transform.Sequential(passes)(module)
