@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modelforge.compilers.protocol import Compiled, CompileJob, Missing, Ran, Refusal, RunJob, Toolchain, Wanted
-from modelforge.compilers.tensorrt import building, device, preflight, preflight_sizes, switches
+from modelforge.compilers.tensorrt import building, device, preflight, switches
 from modelforge.compilers.tensorrt.device import dotted
 from modelforge.compilers.tensorrt.facts import FILE_NAME, WEIGHTS, read_facts, write_facts
 from modelforge.compilers.tensorrt.installation import Absent, call, find, locate, require
@@ -114,6 +114,8 @@ class _Driver:
         """Say which sizes under [dims] contradict the model, or each other."""
         if not isinstance(wanted.target.arch, CudaArchitecture):
             return []
+        from modelforge.compilers.tensorrt import preflight_sizes  # needs onnx, which a deployer's install has not
+
         found = preflight_sizes.one_symbol_two_sizes(wanted.facts, wanted.inputs, wanted.dims)
         if found or wanted.model is None:
             return found
@@ -149,6 +151,8 @@ class _Driver:
                 fix=f"run `modelforge finalize BUNDLE --target {job.target.tag}` on such a device",
             )
         preflight.require(job.model, asked.capabilities, self.name)
+        from modelforge.compilers.tensorrt import preflight_sizes  # needs onnx, which a deployer's install has not
+
         if contradicted := preflight_sizes.contradictions(job.model, job.inputs, job.dims):
             raise UnsupportedError(contradicted[0].what, where=job.target.tag, fix=contradicted[0].fix)
         built = building.build(job, self.product, installed, asked, ranges, gpu)
