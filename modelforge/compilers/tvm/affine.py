@@ -14,6 +14,7 @@ from modelforge.compilers.tvm.api import (
     Mutator,
     constant_value,
     dtype_of,
+    first_name,
     is_constant,
     mutator,
     op_name,
@@ -101,9 +102,4 @@ class FoldAffine(Mutator):  # type: ignore[misc]  # TVM ships no types
 
     def _resolve(self, value: Any) -> Any:
         """Follow names to the variable that the value was first given."""
-        while isinstance(value, relax.Var):
-            bound = self.lookup_binding(value)
-            if not isinstance(bound, relax.Var):
-                break
-            value = bound
-        return value
+        return first_name(value, self.lookup_binding)

@@ -153,6 +153,16 @@ def kernel_attribute(builder: Any, name: Any, attribute: str) -> Any:
     return attributes[attribute] if attributes is not None and attribute in attributes else 0
 
 
+def first_name(value: Any, lookup: Callable[[Any], Any]) -> Any:
+    """Follow names to the variable that a value was first given; ``lookup`` gives what a variable is bound to."""
+    while isinstance(value, relax.Var):
+        bound = lookup(value)
+        if not isinstance(bound, relax.Var):
+            break
+        value = bound
+    return value
+
+
 def computed_by(expression: Any, builder: Any) -> Any:
     """The call that gave a value, through other names of it; None for an input, the expression itself if no name."""
     while isinstance(expression, relax.Var):

@@ -20,6 +20,7 @@ from modelforge.compilers.tvm.api import (
     bindings,
     constant_value,
     dtype_of,
+    first_name,
     is_constant,
     mutator,
     numbers,
@@ -116,12 +117,7 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
     # ---- what is known of values ----
 
     def _resolve(self, value: Any) -> Any:
-        while isinstance(value, relax.Var):
-            bound = self.lookup_binding(value)
-            if not isinstance(bound, relax.Var):
-                break
-            value = bound
-        return value
+        return first_name(value, self.lookup_binding)
 
     def _constant(self, value: Any) -> Array | None:
         value = self._resolve(value)

@@ -16,6 +16,7 @@ import numpy as np
 from modelforge.compilers.tvm.api import (
     Mutator,
     constant_value,
+    first_name,
     is_constant,
     mutator,
     numbers,
@@ -118,12 +119,7 @@ class ChannelsLast(Mutator):  # type: ignore[misc]  # TVM ships no types
 
     def _resolve(self, value: Any) -> Any:
         """Follow names to the variable that the value was first given."""
-        while isinstance(value, relax.Var):
-            bound = self.lookup_binding(value)
-            if not isinstance(bound, relax.Var):
-                break
-            value = bound
-        return value
+        return first_name(value, self.lookup_binding)
 
     def _twin(self, value: Any) -> Twin | None:
         return self._twins.get(self._resolve(value))

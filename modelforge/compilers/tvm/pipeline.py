@@ -26,7 +26,7 @@ def compile_module(module: Any, target: Any) -> Any:
 def _pipeline() -> Any:
     usual, host, device = tvm.tirx.get_tir_pipeline("default")
 
-    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
+    @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]  # TVM ships no types
     def lowered(module: Any, context: Any) -> Any:
         del context
         module = usual(module)
