@@ -74,6 +74,9 @@ def main() -> None:
             ]
             for threads in options.threads:
                 table(built, precision, threads, options.pairs, work)
+        if {"fp32", "int8"} <= set(options.precisions):
+            for threads in options.threads:
+                beside([model for model in chosen if model.integer], threads, options.pairs, work)
 
 
 def wanted(model: Model, precision: str) -> bool:
@@ -108,12 +111,12 @@ def table(built: list[tuple[Model, dict[str, Any]]], precision: str, threads: in
     for model, variant in built:
         peer = model.fp32(work) if precision == "fp32" else model.int8(work, "onnxruntime-x86")
         taken = [pair(model, variant["folder"], peer, threads, position) for position in range(pairs)]
-        ours, theirs = (statistics.median(side) for side in zip(*taken, strict=True))
+        own, theirs = (statistics.median(side) for side in zip(*taken, strict=True))
         each = sorted(a / b for a, b in taken)
         ratios[model.fitted].append(statistics.median(each))
         error = difference(model, variant["folder"], work)
         print(
-            f"  {'fitted' if model.fitted else 'held out':9}{model.name:12}{ours:9.3f}{theirs:9.3f}"
+            f"  {'fitted' if model.fitted else 'held out':9}{model.name:12}{own:9.3f}{theirs:9.3f}"
             f"{statistics.median(each):7.2f} ({each[0]:.2f} to {each[-1]:.2f})   {error}, compiled in "
             f"{variant['seconds']:.0f} s, {variant['bytes']:.2f} of the model's bytes"
             + (f", GENERIC: {len(variant['fallen'])}" if variant["fallen"] else ""),
@@ -127,14 +130,44 @@ def table(built: list[tuple[Model, dict[str, Any]]], precision: str, threads: in
     print(f"  all: geometric mean {statistics.geometric_mean(both):.3f}, worst {max(both):.3f}")
 
 
+def beside(models: list[Model], threads: int, pairs: int, work: Path) -> None:
+    """Our INT8 beside our FP32, which were compiled before: processes alternate as with the peer."""
+    print(f"\nint8 / fp32, both ours, {threads} thread(s): milliseconds, ratio (lowest to highest of pairs)")
+    ratios = []
+    for model in models:
+        folders = [work / model.name / f"variant-{precision}" for precision in ("int8", "fp32")]
+        rounds = [count(model, folder, threads) for folder in folders]
+        commands = [ours(model, folder, each) for folder, each in zip(folders, rounds, strict=True)]
+        taken = [alternate(commands, threads, position) for position in range(pairs)]
+        first, second = (statistics.median(side) for side in zip(*taken, strict=True))
+        each = sorted(a / b for a, b in taken)
+        ratios.append(statistics.median(each))
+        print(
+            f"  {model.name:12}{first:9.3f}{second:9.3f}{ratios[-1]:7.2f} ({each[0]:.2f} to {each[-1]:.2f})", flush=True
+        )
+    print(f"  all: geometric mean {statistics.geometric_mean(ratios):.3f}, worst {max(ratios):.3f}")
+
+
 def pair(model: Model, folder: Path, peer: Path, threads: int, position: int) -> tuple[float, float]:
-    """One process of each, on the same cores; who goes first alternates."""
-    rounds = max(10, int(BUDGET_SECONDS / max(1e-4, estimate(model, folder, threads))))
-    ours = [str(folder / "files" / "run"), "-r", str(rounds), "-o", str(folder), str(folder / "files" / ARTIFACT)]
-    commands = [
-        [*ours, f"{model.input}={folder / 'x.npy'}"],
-        [sys.executable, "-c", ORT, str(peer), str(folder / "x.npy"), str(threads), str(rounds)],
-    ]
+    """One process of TVM's and one of ONNX Runtime's."""
+    rounds = count(model, folder, threads)
+    theirs = [sys.executable, "-c", ORT, str(peer), str(folder / "x.npy"), str(threads), str(rounds)]
+    return alternate([ours(model, folder, rounds), theirs], threads, position)
+
+
+def ours(model: Model, folder: Path, rounds: int) -> list[str]:
+    """The runner on a variant."""
+    program = [str(folder / "files" / "run"), "-r", str(rounds), "-o", str(folder), str(folder / "files" / ARTIFACT)]
+    return [*program, f"{model.input}={folder / 'x.npy'}"]
+
+
+def count(model: Model, folder: Path, threads: int) -> int:
+    """How many inferences fill the time of a process."""
+    return max(10, int(BUDGET_SECONDS / max(1e-4, estimate(model, folder, threads))))
+
+
+def alternate(commands: list[list[str]], threads: int, position: int) -> tuple[float, float]:
+    """Milliseconds of two processes, one after the other on the same cores; who goes first alternates."""
     found: list[float] = [0.0, 0.0]
     for side in (0, 1) if position % 2 else (1, 0):
         found[side] = call(commands[side], threads)["p50_ms"]
@@ -148,8 +181,7 @@ def estimate(model: Model, folder: Path, threads: int) -> float:
     """Seconds of one inference, from a short run."""
     key = (folder, threads)
     if key not in _ESTIMATES:
-        program = [str(folder / "files" / "run"), "-r", "5", "-o", str(folder), str(folder / "files" / ARTIFACT)]
-        _ESTIMATES[key] = call([*program, f"{model.input}={folder / 'x.npy'}"], threads)["p50_ms"] / 1e3
+        _ESTIMATES[key] = call(ours(model, folder, 5), threads)["p50_ms"] / 1e3
     return _ESTIMATES[key]
 
 

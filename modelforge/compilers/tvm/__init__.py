@@ -37,7 +37,7 @@ class TvmCompiler:
     name: str = "tvm"
     title: str = "Apache TVM"
     section: str | None = "tune"
-    code_version: str = "3"
+    code_version: str = "4"
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
         del target  # what it builds for one, it builds for all
@@ -65,8 +65,10 @@ class TvmCompiler:
         return [*preflight.refusals(facts, target, precision, inputs, dims), *tuner.refusals(target, options)]
 
     def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
-        del model, target, options  # its facts say all that is known
-        return []
+        del target, options
+        from modelforge.compilers.tvm import preflight_nodes  # needs onnx, which a deployer's install has not
+
+        return preflight_nodes.refusals(model)
 
     def tuned_on(self, options: Options) -> str:
         return tuner.place(options)

@@ -13,7 +13,8 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx, topi
 from tvm.relax.frontend.onnx import from_onnx
-from tvm.s_tir import Schedule
+from tvm.relax.utils import gen_call_tir_inputs
+from tvm.s_tir import SBlock, Schedule
 from tvm_ffi import structural_hash, structural_map
 
 from modelforge.compilers.tvm.machine import Machine
@@ -137,6 +138,31 @@ def emit_kernel(
     return builder.emit_te(compute, *arguments, primfunc_name_hint=name, primfunc_attrs=told)
 
 
+def emit_sums(
+    builder: Any, compute: Callable[..., Any], *arguments: Any, main: str, name: str, pattern: int, **attributes: int
+) -> Any:
+    """As :func:`emit_kernel`, for a kernel whose main block (annotated ``main``) sums from the last of ``arguments``.
+
+    That one holds the start of each column of the block, and ``compute`` does not get it: te.sum starts at zero.
+    """
+    told = {"op_pattern": pattern, **attributes}
+    function, inputs, result = gen_call_tir_inputs(
+        lambda *tensors: compute(*tensors[:-1]), *arguments, primfunc_attrs=told
+    )
+    start = function.params[len(arguments) - 1]
+
+    def from_start(block: Any) -> Any:
+        if main not in block.annotations:
+            return block
+        store = block.init
+        init = tirx.BufferStore(store.buffer, start[store.indices[-1]], store.indices)
+        kept = (block.iter_vars, block.reads, block.writes, block.name_hint, block.body)
+        return SBlock(*kept, init, block.alloc_buffers, block.match_buffers, block.annotations)
+
+    function = function.with_body(structural_map(function.body, (SBlock, from_start), order="post"))
+    return builder.emit(relax.call_tir(builder.add_func(function, name), inputs, result))
+
+
 def register_intrinsic(name: str, meaning: str, body: str) -> None:
     """Make an instruction known to ``Schedule.tensorize``; both are sources in TVMScript, with ``T`` for its names."""
     from tvm.s_tir import TensorIntrin
@@ -237,6 +263,14 @@ def narrowed(function: Any) -> Any:
     except Exception:  # InternalError: an index is data of 64 bits
         return function
     return module["main"]
+
+
+def _round_to_even(call: Any) -> Any:
+    """TVM rounds by the mode that the CPU is in, which Arm's conversions to integers cannot be joined with."""
+    return tirx.call_llvm_pure_intrin(call.ty.dtype, "llvm.roundeven", call.args[0])
+
+
+tirx.register_intrin_lowering("tirx.round", target="llvm", f=_round_to_even, level=99)
 
 
 def connect(host: str, port: int, key: str) -> Any:

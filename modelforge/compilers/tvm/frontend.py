@@ -9,14 +9,23 @@ from typing import Any
 import numpy as np
 import onnx
 
+from modelforge.compilers.tvm import preflight_nodes
 from modelforge.compilers.tvm.api import Mutator, from_onnx, mutator, relax, tirx, tvm
+from modelforge.errors import UnsupportedError
 
 
 def import_entries(models: Mapping[str, Path]) -> Any:
-    """One IRModule with a Relax function per entry: ``models`` maps function names to models of fixed shape."""
+    """One IRModule with a Relax function per entry: ``models`` maps function names to models of fixed shape.
+
+    Raises:
+        UnsupportedError: the importer would make something else of a node.
+    """
     merged = tvm.IRModule()
     for function, path in models.items():
         model = onnx.load(path)
+        for refusal in preflight_nodes.found_in(model):
+            raise UnsupportedError(refusal.what, fix=refusal.fix)
+        preflight_nodes.without_unread_outputs(model)
         _plain_nodes(model)
         module = from_onnx(model, shape_dict=_shapes(model), dtype_dict=_dtypes(model), keep_params_in_input=False)
         module = relax.transform.DecomposeOpsForInference()(module)

@@ -1,17 +1,16 @@
 """Q and DQ become integer arithmetic, in the model's own order of axes: this comes before :mod:`.layout`.
 
-Two passes. :class:`Integers`: sums over quantized activations and weights become int32 sums, and what only moves
-values moves bytes. :class:`Requantize`: each remaining Q and DQ becomes a multiply-add, folded into the constants
-beside it, so that a layer is one kernel from int8 to int8: sums, a multiply-add (scale, bias), clip, round to even.
+Sums over quantized activations and weights become int32 sums, and what only moves values moves bytes; what Q and DQ
+are left become arithmetic (:mod:`.scales`).
 
 Activations are kept in the 8-bit type that the machine's dot product reads: ``uint8``, 128 above ``int8``, with VNNI.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -30,28 +29,20 @@ from modelforge.compilers.tvm.api import (
     shape_of,
     tvm,
 )
+from modelforge.compilers.tvm.earlier import only_moves
 from modelforge.compilers.tvm.kernels.dot import has_unsigned_dot
 from modelforge.compilers.tvm.machine import Machine
+from modelforge.compilers.tvm.scales import BOUNDS, FoldScales
 
 Array = np.ndarray[Any, Any]
-
-BOUNDS: Final = {"int8": (-128, 127), "uint8": (0, 255)}
-_MOVES: Final = frozenset(
-    "relax." + name
-    for name in (
-        "reshape permute_dims flatten squeeze expand_dims strided_slice broadcast_to tile repeat nn.max_pool2d "
-        "nn.adaptive_max_pool2d nn.relu concat split"
-    ).split()
-)
-"""Operators that give values that they were given; Relu gives zero, too."""
 
 
 def to_integers(module: Any, machine: Machine) -> Any:
     """Rewrite a module's quantized parts; what is not quantized stays as it is."""
     if not any(op_name(value) in ("relax.quantize", "relax.dequantize") for _, value, _ in bindings(module)):
         return module
-    for make in (lambda own: Integers(own, machine), Requantize):
-        module = rewritten(module, make)
+    for pass_ in (Integers, FoldScales):
+        module = rewritten(module, partial(pass_, machine=machine))
         names = [name.name_hint for name in module.get_global_vars() if isinstance(module[name], relax.Function)]
         passes = [relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination(names)]
         module = tvm.transform.Sequential(passes)(module)
@@ -102,7 +93,7 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
             found = self._convolution(call)
         elif name == "relax.matmul":
             found = self._product(call)
-        elif name in _MOVES or (name == "relax.image.resize2d" and call.attrs.method == "nearest_neighbor"):
+        elif only_moves(call) or name in ("relax.split", "relax.nn.relu"):
             found = self._move(call, name)
         return call if found is None else found
 
@@ -207,6 +198,8 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
             if groups > self._most_groups:
                 return None
             values, groups = _dense(values, groups), 1
+            data, order = self._unshuffled(data)
+            values = values if order is None else np.ascontiguousarray(values[:, np.argsort(order)])
         sums = relax.op.nn.conv2d(
             self._difference(data),
             relax.const(values),
@@ -217,6 +210,13 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
             out_dtype="int32",
         )
         return self._scaled(sums, data, weight, (1, -1, 1, 1))
+
+    def _unshuffled(self, data: Quantized) -> tuple[Quantized, Array | None]:
+        """Activations before their channels were put into another order, and that order, where that is known."""
+        taken = self.lookup_binding(self._resolve(data.stored))
+        if op_name(taken) != "relax.take" or int(taken.attrs.axis) != 1:
+            return data, None
+        return Quantized(taken.args[0], data.scale, data.zero), self._constant(taken.args[1])
 
     def _product(self, call: Any) -> Any | None:
         data, weight = self._known(call.args[0]), self._weights.get(self._resolve(call.args[1]))
@@ -244,8 +244,9 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
     def _move(self, call: Any, name: str) -> Any | None:
         if name == "relax.permute_dims" and (weight := self._weights.get(self._resolve(call.args[0]))) is not None:
             return self._turned(call, weight)
-        if name == "relax.concat":
-            return self._concat(call)
+        if dtype_of(call.args[0]) in BOUNDS or name == "relax.concat":
+            moved = self._move_stored(call)
+            return moved if moved is not None or name != "relax.concat" else self._concat(call)
         known = self._known(call.args[0])
         if known is None:
             return None
@@ -260,6 +261,20 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
             self._tuples[plain] = Quantized(stored, known.scale, known.zero)
             return plain
         return self._float(Quantized(stored, known.scale, known.zero))
+
+    def _move_stored(self, call: Any) -> Any | None:
+        """A move of what Q gave: beside it, the same of what is stored in this machine's type."""
+        source = call.args[0]
+        bound = self.lookup_binding(source) if isinstance(source, relax.Var) else source
+        fields = list(bound.fields) if isinstance(bound, relax.Tuple) else [source]
+        stored = [self._stored.get(self._resolve(field)) for field in fields]
+        if any(each is None for each in stored):
+            return None
+        operand = relax.Tuple(stored) if isinstance(bound, relax.Tuple) else stored[0]
+        moved = self.builder_.emit(relax.Call(call.op, [operand, *call.args[1:]], call.attrs, call.ty_args))
+        plain = self.builder_.emit(call)
+        self._stored[plain] = moved
+        return plain
 
     def _turned(self, call: Any, weight: Weight) -> Any:
         rank = weight.values.ndim
@@ -291,121 +306,3 @@ def _dense(weight: Array, groups: int) -> Array:
         rows = slice(group * outputs, (group + 1) * outputs)
         full[rows, group * inputs : (group + 1) * inputs] = weight[rows]
     return full
-
-
-@mutator
-class Requantize(Mutator):  # type: ignore[misc]  # TVM ships no types
-    """Q and DQ as arithmetic.
-
-    Walks the graph as it was given (``_given``): its values are emitted scaled where only one operator reads them; a DQ
-    is repeated for each operator that reads it, so that no float tensor is kept for it.
-    """
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
-        self._given: dict[Any, Any] = {}
-        self._uses: Counter[Any] = Counter()
-        for variable, value, reads in bindings(module):
-            self._given[variable] = value
-            self._uses.update(reads)
-
-    def visit_call_(self, call: Any) -> Any:
-        name = op_name(call)
-        if name == "relax.quantize" and self._is_whole(call) and str(call.attrs.out_dtype) in BOUNDS:
-            return self._quantized(call)
-        if name == "relax.dequantize" and self._is_whole(call):
-            return self._affine(call, 1.0, 0.0)
-        arguments = [self._read(argument) for argument in call.args]
-        return relax.Call(call.op, arguments, call.attrs, call.ty_args)
-
-    def _read(self, argument: Any) -> Any:
-        """An operand; with a DQ of its own where it is one."""
-        if isinstance(argument, relax.Tuple):
-            return relax.Tuple([self._read(field) for field in argument.fields])
-        given = self._given.get(argument) if isinstance(argument, relax.Var) else None
-        if isinstance(given, relax.Tuple):
-            return relax.Tuple([self._read(field) for field in given.fields])
-        if op_name(given) == "relax.dequantize" and self._is_whole(given):
-            return self.builder_.emit(self._affine(given, 1.0, 0.0))
-        return self.visit_expr(argument)
-
-    def _is_whole(self, call: Any) -> bool:
-        return all(self._is_number(value) for value in call.args[1:3])
-
-    def _constant(self, value: Any) -> Array | None:
-        while isinstance(value, relax.Var) and value in self._given:
-            value = self._given[value]
-        return constant_value(value) if is_constant(value) else None
-
-    def _is_number(self, value: Any) -> bool:
-        found = self._constant(value)
-        return found is not None and found.size == 1
-
-    def _number(self, value: Any) -> float:
-        found = self._constant(value)
-        assert found is not None
-        return float(found.reshape(-1)[0])
-
-    def _quantized(self, call: Any) -> Any:
-        """clip and round of ``x / scale + zero``; what clips ``x`` already becomes the bounds."""
-        dtype = str(call.attrs.out_dtype)
-        scale, zero = self._number(call.args[1]), self._number(call.args[2])
-        low, high = (float(bound) for bound in BOUNDS[dtype])
-        value = call.args[0]
-        while (given := self._only(value)) is not None:
-            name = op_name(given)
-            if name == "relax.nn.relu":
-                low = max(low, zero)
-            elif name == "relax.maximum" and self._is_number(given.args[1]):
-                low = max(low, self._number(given.args[1]) / scale + zero)
-            elif name == "relax.minimum" and self._is_number(given.args[1]):
-                high = min(high, self._number(given.args[1]) / scale + zero)
-            else:
-                break
-            value = given.args[0]
-        found = self._emit(self._scaled(value, 1.0 / scale, zero))
-        found = self._emit(relax.op.maximum(found, relax.const(low, "float32")))
-        found = self._emit(relax.op.minimum(found, relax.const(max(low, high), "float32")))
-        return relax.op.astype(self._emit(relax.op.round(found)), dtype)
-
-    def _only(self, value: Any) -> Any | None:
-        """What a value stands for, where nothing else reads it."""
-        return self._given.get(value) if isinstance(value, relax.Var) and self._uses[value] == 1 else None
-
-    def _scaled(self, value: Any, factor: float, offset: float) -> Any:
-        """``value * factor + offset``, with both in the constants that are there. ``factor`` is positive."""
-        given = self._only(value)
-        name = op_name(given)
-        if given is not None and name in ("relax.add", "relax.multiply"):
-            first, second = given.args
-            if self._constant(first) is not None:
-                first, second = second, first
-            constant = self._constant(second)
-            if name == "relax.add" and constant is not None:
-                moved = (constant.astype(np.float64) * factor + offset).astype(np.float32)
-                return relax.op.add(self._emit(self._scaled(first, factor, 0.0)), relax.const(moved))
-            if name == "relax.add":
-                one, other = self._scaled(first, factor, offset), self._scaled(second, factor, 0.0)
-                return relax.op.add(self._emit(one), self._emit(other))
-            if constant is not None:
-                moved = (constant.astype(np.float64) * factor).astype(np.float32)
-                return self._plus(relax.op.multiply(self._read(first), relax.const(moved)), offset)
-        if given is not None and name == "relax.nn.relu":
-            inner = self._emit(self._scaled(given.args[0], factor, 0.0))
-            return self._plus(relax.op.maximum(inner, relax.const(0.0, "float32")), offset)
-        bound = self._given.get(value) if isinstance(value, relax.Var) else None
-        if bound is not None and op_name(bound) == "relax.dequantize" and self._is_whole(bound):
-            return self._affine(bound, factor, offset)
-        return self._plus(relax.op.multiply(self._read(value), relax.const(factor, "float32")), offset)
-
-    def _affine(self, call: Any, factor: float, offset: float) -> Any:
-        """``DQ * factor + offset`` as one multiply-add."""
-        scale, zero = self._number(call.args[1]) * factor, self._number(call.args[2])
-        wide = self._emit(relax.op.astype(self.visit_expr(call.args[0]), "float32"))
-        return self._plus(relax.op.multiply(wide, relax.const(scale, "float32")), offset - zero * scale)
-
-    def _plus(self, value: Any, offset: float) -> Any:
-        return relax.op.add(self._emit(value), relax.const(offset, "float32")) if offset else value
-
-    def _emit(self, value: Any) -> Any:
-        return self.builder_.emit(value)

@@ -7,18 +7,21 @@ from typing import Any
 from modelforge.compilers.tvm.affine import FoldAffine
 from modelforge.compilers.tvm.api import graphs, relax, rewritten, target, tvm
 from modelforge.compilers.tvm.chains import LayerNorms
+from modelforge.compilers.tvm.earlier import EarlierQuantize
 from modelforge.compilers.tvm.integer import to_integers
 from modelforge.compilers.tvm.kernels import rewriter
 from modelforge.compilers.tvm.layout import channels_last
 from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.shuffle import ForwardShuffles
-from modelforge.compilers.tvm.simplify import FoldPlain, LongSums, Pairwise, PlainClip
+from modelforge.compilers.tvm.simplify import FoldPlain, LongSums, Pairwise, PlainClip, Reciprocal
 
 
 def lower(module: Any, machine: Machine) -> Any:
     """Lower to calls of kernels; each that a rule made carries that rule's name (:mod:`.kernels.rule`)."""
     with target(machine):
-        for mutator in (FoldPlain, LayerNorms, FoldAffine, Pairwise, LongSums, PlainClip, ForwardShuffles):
+        for mutator in (FoldPlain, LayerNorms, Reciprocal, FoldAffine, Pairwise, LongSums, PlainClip):
+            module = rewritten(module, mutator)
+        for mutator in (EarlierQuantize, ForwardShuffles):
             module = rewritten(module, mutator)
         module = to_integers(module, machine)
         return to_kernels(channels_last(module), machine)
@@ -31,6 +34,7 @@ def to_kernels(module: Any, machine: Machine) -> Any:
         module = rewritten(module, lambda own: rewriter(own, machine))
         passes = [
             relax.transform.CanonicalizeBindings(),
+            relax.transform.DeadCodeElimination(entries),
             relax.transform.FoldConstant(),
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),

@@ -111,14 +111,15 @@ def _op(op: OpFacts) -> list[Refusal]:
         return []  # the control flow that holds it is refused
     if not domain and op.op in _CONTROL_FLOW:
         return [Refusal("control-flow", f"{shown} {where} is control flow", "split the model around it", _IMPORTER)]
-    if not domain and op.op in _RECURRENT:
+    mapped = op.op in importable().get(domain, frozenset())
+    if not domain and not mapped and op.op in _RECURRENT:
         return [
             Refusal("recurrent", f"{shown} {where} is not imported", "unroll it, or choose another compiler", _IMPORTER)
         ]
     if not domain and op.op in _DATA_DEPENDENT:
         fix = "end the model before it, and do this step outside"
         return [Refusal("data-dependent-shape", f"how much {shown} {where} gives depends on the data", fix, _IMPORTER)]
-    if op.op not in importable().get(domain, frozenset()):
+    if not mapped:
         return [Refusal("op", f"{shown} {where} is not imported", "replace it, or choose another compiler", _IMPORTER)]
     return []
 

@@ -32,6 +32,8 @@ _UNARY: Final = frozenset(
 )
 _BINARY: Final = frozenset(f"relax.{name}" for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum"))
 _POOLS: Final = frozenset(("relax.nn.max_pool2d", "relax.nn.avg_pool2d"))
+_WHOLE: Final = frozenset(("relax.quantize", "relax.dequantize"))
+"""Work on each channel by itself where they have one scale for all."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class ForwardShuffles(Mutator):  # type: ignore[misc]  # TVM ships no types
             return None
         if name in _UNARY or name in _POOLS:
             return self._emit(relax.Call(call.op, [shuffled.source], call.attrs, call.ty_args), shuffled.order)
+        if name in _WHOLE and all(self._is_one(argument) for argument in call.args[1:]):
+            return self._emit(relax.Call(call.op, [shuffled.source, *call.args[1:]], call.attrs), shuffled.order)
         if name in _BINARY:
             return self._binary(call, shuffled)
         return self._convolution(call, shuffled) if name == "relax.nn.conv2d" else None
@@ -118,19 +122,37 @@ class ForwardShuffles(Mutator):  # type: ignore[misc]  # TVM ships no types
         return self._emit(own, shuffled.order)
 
     def _convolution(self, call: Any, shuffled: Shuffled) -> Any | None:
-        weight, groups = self._constant(call.args[1]), int(call.attrs.groups)
-        if weight is None or (call.attrs.data_layout, call.attrs.kernel_layout) != ("NCHW", "OIHW"):
+        groups, kernel = int(call.attrs.groups), shape_of(call.args[1])
+        if kernel is None or (call.attrs.data_layout, call.attrs.kernel_layout) != ("NCHW", "OIHW"):
             return None
         back = np.argsort(shuffled.order)
-        if groups == 1:
-            return self._with_weight(call, shuffled.source, weight[:, back])
-        if groups == len(back) == weight.shape[0]:
-            return self._emit(self._with_weight(call, shuffled.source, weight[back]), shuffled.order)
-        return None
+        if groups > 1 and not groups == len(back) == kernel[0]:
+            return None
+        weight = self._weight(call.args[1], 0 if groups > 1 else 1, back)
+        if weight is None:
+            return None
+        own = relax.Call(call.op, [shuffled.source, weight], call.attrs, call.ty_args)
+        return own if groups == 1 else self._emit(own, shuffled.order)
 
-    @staticmethod
-    def _with_weight(call: Any, data: Any, weight: np.ndarray[Any, Any]) -> Any:
-        return relax.Call(call.op, [data, relax.const(np.ascontiguousarray(weight))], call.attrs, call.ty_args)
+    def _weight(self, value: Any, axis: int, order: np.ndarray[Any, Any]) -> Any | None:
+        """A constant, behind a DQ or not, with its channels along ``axis`` in another order; None for what is not."""
+        bound = self._bound(value)
+        if is_constant(bound):
+            return relax.const(np.ascontiguousarray(constant_value(bound).take(order, axis)))
+        if op_name(bound) != "relax.dequantize":
+            return None
+        arrays = [self._constant(argument) for argument in bound.args]
+        if any(array is None for array in arrays):
+            return None
+        along = int(bound.attrs.axis) % (arrays[0].ndim or 1) == axis  # type: ignore[union-attr]  # None is out
+        moved = [arrays[0].take(order, axis)]  # type: ignore[union-attr]
+        moved += [array.take(order) if along and array.size > 1 else array for array in arrays[1:] if array is not None]
+        constants = [relax.const(np.ascontiguousarray(array), str(array.dtype)) for array in moved]
+        return self.builder_.emit(relax.Call(bound.op, constants, bound.attrs, bound.ty_args))
+
+    def _is_one(self, value: Any) -> bool:
+        constant = self._constant(value)
+        return constant is not None and constant.size == 1
 
     def _constant(self, value: Any) -> np.ndarray[Any, Any] | None:
         bound = self._bound(value)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from modelforge.compilers.protocol import CompileJob, Missing, Toolchain
 from modelforge.compilers.tvm import TvmCompiler, run, runtime
@@ -181,6 +181,40 @@ def test_cortex_a76_in_fp16_under_qemu(build: Build, tmp_path: Path) -> None:
     made = build(conv_net("float16"), cortex_a76(), dims={"batch": Dim(values=(4,))}, precision="fp16")
     got, _ = made.run(arrays, tmp_path, 4)
     _assert_same(got, _reference(made.model, arrays), 5e-3)
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("tokens", [24, 19])
+def test_products_of_matrices_under_qemu(build: Build, tmp_path: Path, tokens: int) -> None:
+    """Attention over rows and inner axes that fill tiles and loads, and that do not; one row for a classifier."""
+    needs_qemu()
+    rng = np.random.default_rng(tokens)
+    sizes = {"query": (37, 32), "key": (37, 32), "content": (37, 32), "head": (tokens * 32, 10)}
+    weights = [numpy_helper.from_array(_scaled(rng, shape), name) for name, shape in sizes.items()]
+    shape = numpy_helper.from_array(np.array([tokens, 2, 16]), "heads")
+    flat = numpy_helper.from_array(np.array([1, tokens * 32]), "flat")
+    turns = {"query": [1, 0, 2], "key": [1, 2, 0], "content": [1, 0, 2]}
+    nodes = []
+    for name, axes in turns.items():
+        nodes.append(helper.make_node("MatMul", ["x", name], [f"{name}/wide"]))
+        nodes.append(helper.make_node("Reshape", [f"{name}/wide", "heads"], [f"{name}/split"]))
+        nodes.append(helper.make_node("Transpose", [f"{name}/split"], [f"{name}/turned"], perm=axes))
+    nodes += [
+        helper.make_node("MatMul", ["query/turned", "key/turned"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["shares"], axis=-1),
+        helper.make_node("MatMul", ["shares", "content/turned"], ["mixed"]),
+        helper.make_node("Reshape", ["mixed", "flat"], ["row"]),
+        helper.make_node("MatMul", ["row", "head"], ["y"]),
+    ]
+    model = make_model(nodes, [value("x", [tokens, 37])], [value("y", [1, 10])], [*weights, shape, flat])
+    made = build(model, cortex_a76(), {"x": (tokens, 37)}, {})
+    arrays = {"x": rng.standard_normal((tokens, 37)).astype(np.float32)}
+    got, _ = made.run(arrays, tmp_path)
+    _assert_same(got, _reference(made.model, arrays), 1e-5)
+
+
+def _scaled(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return (rng.standard_normal(shape) * shape[0] ** -0.5).astype(np.float32)
 
 
 @pytest.mark.qemu

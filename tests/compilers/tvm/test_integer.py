@@ -15,7 +15,7 @@ from tests.compilers.tvm.models import Build, needs_qemu
 
 pytest.importorskip("tvm")
 
-from tests.compilers.tvm.kernels.integer_layers import Layers, compiled, reference, rules, run, steps_apart
+from tests.compilers.tvm.kernels.integer_layers import Layers, compiled, imported, reference, rules, run, steps_apart
 from tests.compilers.tvm.kernels.machines import AVX2, AVX512, MACHINES, runnable
 
 
@@ -70,11 +70,11 @@ def test_a_network_agrees_with_the_model_as_it_is_written(machine: Any, batch: i
 @pytest.mark.parametrize("name", list(MACHINES))
 def test_no_float_tensor_lies_between_layers(name: str) -> None:
     """Bytes, except for the mean of a whole image: FuseOps puts its DQ into the kernel before it."""
-    from modelforge.compilers.tvm import frontend, lowering
+    from modelforge.compilers.tvm import lowering
     from modelforge.compilers.tvm.api import bindings, dtype_of, shape_of
 
     model, _ = network()
-    module = lowering.lower(_imported(model, frontend), MACHINES[name])
+    module = lowering.lower(imported(model), MACHINES[name])
     images = [
         (variable, shape_of(variable))
         for variable, _, _ in bindings(module)
@@ -84,11 +84,11 @@ def test_no_float_tensor_lies_between_layers(name: str) -> None:
 
 
 def test_a_model_without_quantization_is_left_alone() -> None:
-    from modelforge.compilers.tvm import frontend, integer
+    from modelforge.compilers.tvm import integer
 
     layers = Layers((1, 4, 6, 6))
     layers.value = layers.node("Conv", "x", layers.constant(np.ones((4, 4, 3, 3), np.float32)))
-    module = _imported(layers.model(), frontend)
+    module = imported(layers.model())
     assert integer.to_integers(module, AVX512) is module
 
 
@@ -131,12 +131,3 @@ def test_arm_code_agrees_under_qemu(tag: str, build: Build, tmp_path: Path) -> N
         kernel["note"].split()[0] for kernel in built.compiled.report["kernels"] if kernel["rule"] == "matmul-int8"
     }
     assert found == {"sdot" if tag == "cortex-a76" else "smlal"}
-
-
-def _imported(model: onnx.ModelProto, frontend: Any) -> Any:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save(model, path)
-        return frontend.import_entries({"main": path})

@@ -51,12 +51,26 @@ def test_every_entry_reads_the_same_weights(built: Built) -> None:
     assert all(rows == first for rows in others)
 
 
-@pytest.mark.xfail(reason="matrix products pack their weights for the number of rows: a copy for each entry")
 def test_a_second_entry_of_matrix_products_adds_code_alone(build: Build) -> None:
     size = 400 * 512 * 4
     made = _build(build, _products(_matrix(0, 400, 512)), 1, 2, 4)
     assert size <= _signature(made).weight_bytes < 1.05 * size
     assert len(_library(made)) < 1.3 * size
+
+
+@pytest.mark.parametrize("pixels", [6, 8])
+def test_a_second_entry_of_convolutions_adds_code_alone(build: Build, pixels: int) -> None:
+    """Of layers that one image alone would sum directly, and eight would not."""
+    weights = [_matrix(seed, 64, 64, 3, 3) for seed in (0, 1)]
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["h"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["h", "w1"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    ports = [value(name, ["batch", 64, pixels, pixels]) for name in ("x", "y")]
+    arrays = [numpy_helper.from_array(weight, f"w{position}") for position, weight in enumerate(weights)]
+    inputs = {"x": ("batch", 64, pixels, pixels)}
+    made = build(make_model(nodes, ports[:1], ports[1:], arrays), this_machine(), inputs, {"batch": Dim(values=(1, 8))})
+    assert _signature(made).weight_bytes == sum(weight.nbytes for weight in weights)
 
 
 def test_the_same_content_is_written_once(build: Build, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from modelforge.compilers.tvm import choices
 from modelforge.compilers.tvm.alone import geometry, standing_alone
-from modelforge.compilers.tvm.api import Mutator, is_constant, mutator, op_name, relax
+from modelforge.compilers.tvm.api import Mutator, graphs, is_constant, mutator, op_name, relax, shape_of
 from modelforge.compilers.tvm.kernels import (
     convolution,
     convolution_int8,
@@ -20,11 +20,13 @@ from modelforge.compilers.tvm.kernels import (
     matmul_int8,
     pooling,
     products,
+    requantize,
     rows,
+    starts,
     transposed,
     winograd,
 )
-from modelforge.compilers.tvm.kernels.rule import Anchored, General
+from modelforge.compilers.tvm.kernels.rule import AmongEntries, Anchored, General
 from modelforge.compilers.tvm.machine import Machine
 
 _ANCHORED: Final[tuple[Anchored, ...]] = (
@@ -40,6 +42,7 @@ _ANCHORED: Final[tuple[Anchored, ...]] = (
     matmul.Matmul(),
     matmul_int8.MatmulInt8(),
     elementwise.Elementwise(),
+    requantize.Requantize(),
     rows.Rows(),
     rows.RowReductions(),
     copies.Resize(),
@@ -61,14 +64,20 @@ class _Rewrite(Mutator):  # type: ignore[misc]  # TVM ships no types
     def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
         self._machine = machine
+        shapes = [shape_of(graph.params[0]) for _, graph in graphs(module) if graph.params]
+        batches = tuple(shape[0] for shape in shapes if shape)
+        self._rules = [rule.among(batches) if isinstance(rule, AmongEntries) else rule for rule in _ANCHORED]
 
     def visit_call_(self, call: Any) -> Any:
         call = self.visit_expr_post_order(call)
         name = op_name(call)
-        rules = [rule for rule in _ANCHORED if name in rule.operators]
-        if not rules:
+        rules = [rule for rule in self._rules if name in rule.operators]
+        if not rules and name != "relax.add":
             return call
         known = relax.Call(call.op, [self._known(argument) for argument in call.args], call.attrs, call.ty_args)
+        if name == "relax.add":
+            found = starts.with_constant(known, self.builder_)
+            return call if found is None else found
         choices.about(lambda: geometry(known))
         for rule in rules:
             choices.asks(rule.name)

@@ -136,22 +136,24 @@ class Convolution:
         sch.compute_at(anchor, outer[-1], preserve_unit_loops=True)
         unroll_tail(sch, [*tile, channel], gcd(int(sch.get(out).iter_vars[-1].dom.extent), lanes))
         spread(sch, outer, work, machine)
-        self._inner(sch, anchor, vectors, lanes, tiles.depth(machine, written_dtype(sch, anchor)))
+        self._inner(sch, anchor, vectors, lanes, machine)
         for pad in pads:
             _schedule_pad(sch, pad, machine)
         return f"{max(rows, 1) * columns}x{vectors * lanes}"
 
     @staticmethod
-    def _inner(sch: Any, anchor: Any, vectors: int, lanes: int, depth: int) -> None:
+    def _inner(sch: Any, anchor: Any, vectors: int, lanes: int, machine: Machine) -> None:
         """The sums of one tile: window and input channels outside, pixels and vectors inside.
 
-        Where instructions multiply by one element of a register, ``depth`` channels of each pixel are loaded at once.
+        Where instructions multiply by one element of a register, vectors of channels of each pixel are loaded at once.
         """
         *tile, channel, row, column, inner = sch.get_loops(anchor)[1:]  # the first is shared with the threads
         vector, lane = sch.split(channel, factors=[vectors, lanes])
         steps: list[Any] = []
-        if depth > 1 and extent(sch, inner) % depth == 0:
-            inner, step = sch.split(inner, factors=[None, depth])
+        dtype = written_dtype(sch, anchor)
+        together = tiles.steps(extent(sch, inner), machine, dtype)
+        if together > 1:
+            inner, step = sch.split(inner, factors=[None, together])
             steps = [step]
         sch.reorder(row, column, inner, *steps, *tile, vector, lane)
         if steps:
@@ -159,7 +161,7 @@ class Convolution:
             if len(tile) == 1:
                 _flatten_copy(sch, loaded)
             sch.compute_at(loaded, inner, preserve_unit_loops=True)
-            unroll_tail(sch, sch.get_loops(loaded)[-1 - len(tile) :], depth)
+            unroll_tail(sch, sch.get_loops(loaded)[-1 - len(tile) :], tiles.depth(machine, dtype))
         sch.vectorize(lane)
         for loop in (*steps, *tile, vector):
             sch.unroll(loop)

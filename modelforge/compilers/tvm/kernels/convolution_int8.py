@@ -19,7 +19,6 @@ from modelforge.compilers.tvm.api import (
     block_annotations,
     constant_value,
     dtype_of,
-    emit_kernel,
     te,
 )
 from modelforge.compilers.tvm.kernels import tiles
@@ -29,6 +28,7 @@ from modelforge.compilers.tvm.kernels.loops import neighbours
 from modelforge.compilers.tvm.kernels.matmul_int8 import multiply
 from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of, as_operand
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.kernels.starts import emit_from
 from modelforge.compilers.tvm.machine import Machine
 
 
@@ -76,7 +76,7 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
     packed = pack(weight, dot, tile.columns)
     blocks, (kernel_height, kernel_width), parts = int(packed.value.shape[0]), window.kernel, int(packed.value.shape[3])
     strides, dilation = window.strides, window.dilation
-    zero, correction = data.zero_for(dot), data.correction(weight, dot)
+    zero, full = data.zero_for(dot), blocks * tile.columns
     top, left = window.padding[:2]
     pads = [top, left, *window.padded_for(tall, wide), parts * dot.depth - depth]
     attrs = {
@@ -85,7 +85,7 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
         TILE: [rows, columns, tile.vectors, depth],
     }
 
-    def compute(stored: Any, weight: Any, *correction: Any) -> Any:
+    def compute(stored: Any, weight: Any) -> Any:
         operand = as_operand(stored, dot, data.zero, zero, pads)
         ry, rx, rk = (
             te.reduce_axis((0, size), name)
@@ -93,7 +93,7 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
         )
         inner = [te.reduce_axis((0, size), name) for name, size in zip(("rj", "ri"), dot.axes, strict=False)]
         sums = te.compute(
-            (window.data[0], tall, wide, blocks * tile.columns),
+            (window.data[0], tall, wide, full),
             lambda n, y, x, c: te.sum(
                 operand[
                     n,
@@ -115,10 +115,10 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
             attrs=attrs,
         )
         shape = (window.data[0], height, width, window.channels)
-        return finished(shape, sums, *correction)
+        return finished(shape, sums)
 
-    arguments = [data.stored, packed, *([] if correction is None else [correction])]
-    return emit_kernel(builder, compute, *arguments, name="convolution_int8", pattern=OUT_FUSIBLE)
+    start = data.start(weight, dot, full)
+    return emit_from(builder, compute, data.stored, packed, start=start, name="convolution_int8", pattern=OUT_FUSIBLE)
 
 
 def _tile(window: Window, dot: Dot, machine: Machine) -> tuple[int, tiles.Tile]:

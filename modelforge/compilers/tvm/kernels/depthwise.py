@@ -29,6 +29,7 @@ from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.loops import neighbours, spread, unroll_tail, vectorize_last
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.kernels.starts import emit_from
 from modelforge.compilers.tvm.machine import Machine
 
 _UNROLLED: Final = 256
@@ -107,7 +108,7 @@ def convolve(
     batch, _, _, groups = window.data
     times = window.channels // groups
     dtype = "int32" if weight.dtype == np.int16 else str(weight.dtype)
-    tile = _tile(window, machine, dtype)
+    tile = _tile(window, machine, str(weight.dtype), dtype)
     width = tile.vectors * tile.lanes
     full = -(-window.channels // width) * width
     kernel, strides, dilation = window.kernel, window.strides, window.dilation
@@ -137,7 +138,11 @@ def convolve(
         shape = (batch, *window.size, window.channels)
         return sums if tuple(map(int, sums.shape)) == shape else te.compute(shape, lambda *at: sums[at], name="crop")
 
-    return emit_kernel(builder, compute, data, relax.const(packed), name="depthwise", pattern=OUT_FUSIBLE)
+    arguments = (data, relax.const(packed))
+    if dtype == "int32":
+        start = np.zeros(full, np.int32)
+        return emit_from(builder, compute, *arguments, start=start, name="depthwise", pattern=OUT_FUSIBLE)
+    return emit_kernel(builder, compute, *arguments, name="depthwise", pattern=OUT_FUSIBLE)
 
 
 def _padded(
@@ -169,25 +174,31 @@ class _Tile:
     lanes: int
 
 
-def _tile(window: Window, machine: Machine, dtype: str) -> _Tile:
+def _tile(window: Window, machine: Machine, read: str, dtype: str) -> _Tile:
     """The measured tile, or that with the least cost per sum: the pipes, the latency, weights that are loaded again,
-    and the waste."""
+    and the waste. A vector is one of the type that is ``read``; its sums, of ``dtype``, may take several registers."""
     width, taps = window.size[1], prod(window.kernel)
+    wide = machine.lanes(read) // machine.lanes(dtype)
     found: list[tuple[float, int, int, int]] = []
-    for lanes in _lanes(window.channels, machine.lanes(dtype)):
+    for lanes in _lanes(window.channels, machine.lanes(read)):
         for vectors in range(1, 5):
             channels = -(-window.channels // (vectors * lanes)) * vectors / window.channels
             for columns in range(1, min(width, 12) + 1):
-                sums = vectors * columns
+                sums = vectors * columns * wide
                 if sums + 2 > machine.registers:
                     continue
                 waste = channels * (-(-width // columns) * columns / width)
                 spilled = max(0, taps * vectors + sums + 1 - machine.registers) / taps / vectors
                 cost = waste * (max(sums, 6) + spilled * vectors * 0.5 + 0.5) / sums
+                if machine.isa == "aarch64":  # loads are instructions, in a narrow front end
+                    reach = (columns - 1) * window.strides[1] + window.kernel[1]
+                    kept = sums + vectors * reach < machine.registers
+                    loads = vectors * (reach / window.kernel[1] if kept else columns) + vectors * (spilled > 0)
+                    cost = waste * (max(sums, 6) + loads) / sums
                 found.append((round(cost, 9), columns, vectors, lanes))
     found.sort(key=lambda each: each[0])
     ranked = [
-        _Tile(_rows(window, columns, vectors * lanes, machine, dtype), columns, vectors, lanes)
+        _Tile(_rows(window, columns, vectors * lanes, machine, read), columns, vectors, lanes)
         for _, columns, vectors, lanes in found[:_TRIED] or [(0.0, 1, 1, 1)]
     ]
     return chosen("tile", ranked[0], lambda: ranked[1:])

@@ -10,12 +10,15 @@ from modelforge.compilers.tvm.machine import Machine
 
 PARALLEL_WORK: Final = 16384
 """Scalar steps below which waking the threads costs more than it gives."""
+_KEPT: Final = ("pad", "load")
+"""Blocks of a name with one of these stay blocks."""
 
 
 def neighbours(sch: Any, anchor: Any, machine: Machine) -> tuple[list[Any], list[Any]]:
     """The blocks before and after the main one, after all that can be inlined has been: pads before, one block after.
 
-    What stands before is merged into its readers except padding and what reduces, what stands after into the last.
+    What stands before is merged into its readers except padding, loads of a tile and what reduces, what stands after
+    into the last.
     Where a result is broadcast (the factors of a squeeze-and-excitation over an image), the larger part is a loop of
     its own, scheduled here: the rule shall not compute its sums again for every pixel.
     """
@@ -23,7 +26,7 @@ def neighbours(sch: Any, anchor: Any, machine: Machine) -> tuple[list[Any], list
     names = [block_name(sch, block) for block in blocks(sch)]
     before, after = names[: names.index(own)], names[names.index(own) + 1 :]
     for name in before:
-        if "pad" not in name and not is_reduction(sch, sch.get_sblock(name)):
+        if not any(kind in name for kind in _KEPT) and not is_reduction(sch, sch.get_sblock(name)):
             sch.compute_inline(sch.get_sblock(name))
     sizes = [spatial_size(sch, sch.get_sblock(name)) for name in after]
     widest = spatial_size(sch, anchor)

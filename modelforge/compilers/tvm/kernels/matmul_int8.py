@@ -19,7 +19,6 @@ from modelforge.compilers.tvm.api import (
     constant_value,
     count_rows_as_one,
     dtype_of,
-    emit_kernel,
     extent,
     is_constant,
     shape_of,
@@ -29,8 +28,10 @@ from modelforge.compilers.tvm.api import (
 from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
+from modelforge.compilers.tvm.kernels.matmul import block_of, up
 from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
+from modelforge.compilers.tvm.kernels.starts import emit_from
 from modelforge.compilers.tvm.kernels.views import flat_index, split_index
 from modelforge.compilers.tvm.machine import Machine
 
@@ -71,39 +72,35 @@ def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, mach
     *leading, inner = shape_of(data.stored) or ()
     rows, columns = prod(leading), weight.shape[0]
     dot = dot_of(machine, inner)
-    tile = _tile(rows, columns, dot, machine)
-    packed = pack(weight, dot, tile.columns)
-    blocks, parts = int(packed.value.shape[0]), int(packed.value.shape[3])
-    tall = -(-rows // tile.rows) * tile.rows
-    correction = data.correction(weight, dot)
+    unit, tile = _tile(rows, columns, dot, machine)
+    packed = pack(weight, dot, unit * dot.lanes)
+    width, blocks, parts = unit * dot.lanes, int(packed.value.shape[0]), int(packed.value.shape[3])
+    tall, wide = up(rows, tile.rows), up(columns, tile.columns)
     attrs = {RULE: MatmulInt8.name, MACS: rows * inner * columns, TILE: [tile.rows, tile.vectors, inner]}
     zero = data.zero_for(dot)
 
-    def compute(stored: Any, weight: Any, *correction: Any) -> Any:
+    def compute(stored: Any, weight: Any) -> Any:
         read = _rows(stored, dot, data.zero, zero, (tuple(leading), tall, inner, parts * dot.depth))
         rk = te.reduce_axis((0, parts), "rk")
         steps = [te.reduce_axis((0, size), name) for name, size in zip(("rj", "ri"), dot.axes, strict=False)]
+
+        def of_weight(c: Any) -> Any:
+            block = block_of(c, width, wide, blocks)
+            return weight[block, 0, 0, rk, c % width // dot.lanes, *dot.of_weights(c % dot.lanes, steps)]
+
         sums = te.compute(
-            (tall, blocks * tile.columns),
+            (tall, wide),
             lambda r, c: te.sum(
-                read(r, rk * dot.depth + dot.of_activations(steps)).astype("int32")
-                * weight[
-                    c // tile.columns,
-                    0,
-                    0,
-                    rk,
-                    c % tile.columns // dot.lanes,
-                    *dot.of_weights(c % dot.lanes, steps),
-                ].astype("int32"),
+                read(r, rk * dot.depth + dot.of_activations(steps)).astype("int32") * of_weight(c).astype("int32"),
                 axis=[rk, *steps],
             ),
             name="sums",
             attrs=attrs,
         )
-        return finished((*leading, columns), lambda *i: sums(flat_index(i[:-1], tuple(leading)), i[-1]), *correction)
+        return finished((*leading, columns), lambda *i: sums(flat_index(i[:-1], tuple(leading)), i[-1]))
 
-    arguments = [data.stored, packed, *([] if correction is None else [correction])]
-    return emit_kernel(builder, compute, *arguments, name="matmul_int8", pattern=OUT_FUSIBLE)
+    start = data.start(weight, dot, wide)
+    return emit_from(builder, compute, data.stored, packed, start=start, name="matmul_int8", pattern=OUT_FUSIBLE)
 
 
 def _rows(stored: Any, dot: Dot, zero: int, operand_zero: int, sizes: tuple[tuple[int, ...], int, int, int]) -> Any:
@@ -127,7 +124,10 @@ def _rows(stored: Any, dot: Dot, zero: int, operand_zero: int, sizes: tuple[tupl
     return te.compute((tall, deep), element, name="pad_operand")
 
 
-def _tile(rows: int, columns: int, dot: Dot, machine: Machine) -> tiles.Tile:
+def _tile(rows: int, columns: int, dot: Dot, machine: Machine) -> tuple[int, tiles.Tile]:
+    """Vectors of columns that are packed side by side, whatever the rows, and the tile."""
     machine = dot.seen_by_tiles(machine)
+    columns = max(columns, dot.lanes)
+    unit = tiles.unit(columns, machine, "int32", dot.widest)
     widest = max(dot.widest, (machine.registers - 4) // rows // dot.steps) if rows < 4 else dot.widest
-    return tiles.choose(tiles.padded(rows, machine), max(columns, dot.lanes), machine, "int32", widest)
+    return unit, tiles.choose(tiles.padded(rows, machine), columns, machine, "int32", widest, unit)

@@ -22,10 +22,11 @@ from modelforge.compilers.tvm.api import (
     regroup,
     te,
     tirx,
+    written_dtype,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, neighbours, partition, spread, vectorize_copy
-from modelforge.compilers.tvm.kernels.matmul import choose, sum_tile
+from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, neighbours, partition, spread
+from modelforge.compilers.tvm.kernels.matmul import choose, copy_rows, in_tiles, lanewise, split_off_loads, sum_tile, up
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.kernels.views import View, flat_index, split_index, view_of
 from modelforge.compilers.tvm.machine import Machine
@@ -40,12 +41,18 @@ class Product:
     inner: int
     columns: int
     tile: tiles.Tile
+    depth: int
     packed: bool
 
     @property
     def tall(self) -> int:
         """Rows in whole tiles."""
-        return -(-self.rows // self.tile.rows) * self.tile.rows
+        return up(self.rows, self.tile.rows)
+
+    @property
+    def deep(self) -> int:
+        """The inner axis in whole loads."""
+        return up(self.inner, self.depth)
 
     @property
     def blocks(self) -> int:
@@ -72,7 +79,8 @@ class Products:
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, vectors, lanes, batched = (int(value) for value in block_annotations(sch, anchor)[TILE])
         prepared, after = neighbours(sch, anchor, machine)
-        names = [block_name(sch, block) for block in prepared]
+        pads, loads = split_off_loads(sch, prepared)
+        names = [block_name(sch, block) for block in pads]
         out = after[-1]
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         columns = extent(sch, sch.get_loops(out)[-1])
@@ -93,14 +101,14 @@ class Products:
             partition(sch, block if extent(sch, block) > 1 else vector)
         by_batch = bool(outermost) and extent(sch, outermost[0]) >= machine.cores
         if by_batch:
-            for name in reversed(names):
-                sch.compute_at(sch.get_sblock(name), outermost[0], preserve_unit_loops=True)
+            for block_before in (*loads, *(sch.get_sblock(name) for name in reversed(names))):
+                sch.compute_at(block_before, outermost[0], preserve_unit_loops=True)
             spread(sch, outermost, work, machine)
         elif whole:
             spread(sch, [*outermost, block, row], work, machine)
         elif work >= PARALLEL_WORK and machine.cores > 1:
             sch.parallel(block if extent(sch, block) > 1 else row)
-        sum_tile(sch, anchor, vectors, lanes)
+        sum_tile(sch, anchor, vectors, lanes, loads, machine)
         for name in names:
             _copy(sch, sch.get_sblock(name), by_batch, machine)
         return f"{rows}x{vectors * lanes}" + (" packed" if "pad_right" in names else "")
@@ -114,8 +122,9 @@ def multiply(left: View, right: View, dtype: str, builder: Any, machine: Machine
         rows = rows * prod(first)
     flat = batch if prod(second) > 1 else ()
     tile = choose(rows, columns, machine, dtype)
-    packed = not right.contiguous or columns % tile.columns != 0
-    product = Product(flat, rows, inner, columns, tile, packed)
+    depth = lanewise(inner, machine, dtype) if left.contiguous else 1
+    packed = not right.contiguous or columns % tile.columns != 0 or inner % depth != 0
+    product = Product(flat, rows, inner, columns, tile, depth, packed)
     macs = prod(flat) * rows * inner * columns
     attrs = {RULE: Products.name, MACS: macs, TILE: [tile.rows, tile.vectors, tile.lanes, bool(flat)]}
     shape = (*batch, left.shape[-2], columns)
@@ -128,7 +137,9 @@ def multiply(left: View, right: View, dtype: str, builder: Any, machine: Machine
         def read_right(b: Any, k: Any, c: Any) -> Any:
             return second_data(*right.at((*_own(b, flat, second), k, c)))
 
-        full = _sums(product, _tall(product, read_left, dtype), _wide(product, read_right, dtype), attrs)
+        size, whole = (product.rows, product.inner), (product.tall, product.deep)
+        read = in_tiles(read_left, (prod(flat),), size, whole, product.depth, dtype)
+        full = _sums(product, read, _wide(product, read_right, dtype), attrs)
         factor = left.factor * right.factor
 
         def result(*index: Any) -> Any:
@@ -142,18 +153,6 @@ def multiply(left: View, right: View, dtype: str, builder: Any, machine: Machine
     return emit_kernel(builder, compute, left.data, right.data, name="product", pattern=OUT_FUSIBLE)
 
 
-def _tall(product: Product, read: Any, dtype: str) -> Any:
-    """The left operand with rows in whole tiles."""
-    if product.tall == product.rows:
-        return read
-    zero = tirx.const(0, dtype)
-    return te.compute(
-        (prod(product.batch), product.tall, product.inner),
-        lambda b, r, k: tirx.if_then_else(r < product.rows, read(b, r, k), zero),
-        name="pad_left",
-    )
-
-
 def _wide(product: Product, read: Any, dtype: str) -> Any:
     """The right operand: read where it is, or packed as [batch][blocks][inner][columns of a tile]."""
     if not product.packed:
@@ -163,12 +162,12 @@ def _wide(product: Product, read: Any, dtype: str) -> Any:
 
     def element(b: Any, block: Any, k: Any, c: Any) -> Any:
         value = read(b, k, block * width + c)
-        if product.columns % width == 0:
-            return value
-        return tirx.if_then_else(block * width + c < product.columns, value, zero)
+        if product.columns % width:
+            value = tirx.if_then_else(block * width + c < product.columns, value, zero)
+        return value if product.deep == product.inner else tirx.if_then_else(k < product.inner, value, zero)
 
     packed = te.compute(
-        (prod(product.batch), product.blocks, product.inner, width),
+        (prod(product.batch), product.blocks, product.deep, width),
         element,
         name="pad_right",
     )
@@ -176,7 +175,7 @@ def _wide(product: Product, read: Any, dtype: str) -> Any:
 
 
 def _sums(product: Product, left: Any, right: Any, attrs: Any) -> Any:
-    k = te.reduce_axis((0, product.inner), "k")
+    k = te.reduce_axis((0, product.deep), "k")
     return te.compute(
         (prod(product.batch), product.tall, product.blocks * product.tile.columns),
         lambda b, r, c: te.sum(left(b, r, k) * right(b, k, c), axis=k),
@@ -188,13 +187,14 @@ def _sums(product: Product, left: Any, right: Any, attrs: Any) -> Any:
 def _copy(sch: Any, block: Any, by_batch: bool, machine: Machine) -> None:
     """Vectors of a prepared operand; within a batch the threads are busy already."""
     if not by_batch:
-        vectorize_copy(sch, block, machine)
+        copy_rows(sch, block, machine)
         return
     last = sch.get_loops(block)[-1]
-    size, lanes = extent(sch, last), machine.lanes()
-    if size % lanes == 0:
-        _, lane = sch.split(last, factors=[None, lanes])
+    lanes = machine.lanes(written_dtype(sch, block))
+    if extent(sch, last) % lanes == 0:
+        rest, lane = sch.split(last, factors=[None, lanes])
         sch.vectorize(lane)
+        partition(sch, rest)
 
 
 def _own(batch: Any, sizes: tuple[int, ...], wanted: list[int]) -> tuple[Any, ...]:

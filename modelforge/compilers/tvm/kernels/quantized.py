@@ -30,11 +30,11 @@ class Activations:
             return 0
         return self.zero + _LOWEST[dot.operand] - _LOWEST[dtype_of(self.stored)]
 
-    def correction(self, weight: np.ndarray[Any, Any], dot: Dot) -> Any | None:
-        """Of each output channel, what the zero point adds to its sums: int32 [O]; None where it is nothing."""
-        zero = self.zero_for(dot)
-        sums = weight.astype(np.int32).sum(axis=tuple(range(1, weight.ndim)))
-        return relax.const((zero * sums).astype(np.int32)) if zero else None
+    def start(self, weight: np.ndarray[Any, Any], dot: Dot, columns: int) -> np.ndarray[Any, Any]:
+        """What sums over stored values start at, so that the zero point adds nothing: int32 [columns]."""
+        found = np.zeros(columns, np.int32)
+        found[: len(weight)] = -self.zero_for(dot) * weight.astype(np.int32).sum(axis=tuple(range(1, weight.ndim)))
+        return found
 
 
 def activations_of(value: Any, builder: Any) -> Activations | None:

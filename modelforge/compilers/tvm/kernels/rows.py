@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Any, Final
 
 from modelforge.compilers.tvm.api import (
@@ -38,6 +38,8 @@ from modelforge.compilers.tvm.machine import Machine
 
 _STAGE: Final = "row_"
 """How the names of a row's stages begin: what else stands in a kernel was fused with it."""
+_TOGETHER: Final = 4
+"""Vectors of exponentials at a time: the polynomial's constants are brought to registers once for them, on Arm."""
 Read = Callable[[Any, Any], Any]
 """An element of a row: ``read(row, position)``."""
 
@@ -197,17 +199,17 @@ def _stages(sch: Any, rows: Any, lanes: int, machine: Machine) -> None:
         block = sch.get_sblock(name)
         own = sch.get_loops(block)[1:]
         if not is_reduction(sch, block):
-            _vectors(sch, own[-1], extent(sch, own[-1]), lanes, unroll=name != _STAGE + "exp")
+            _vectors(sch, own[-1], extent(sch, own[-1]), lanes, _TOGETHER if name == _STAGE + "exp" else None)
             continue
         *_, element, k = own
         sch.reorder(k, element)
         if extent(sch, element) > 1:
-            _vectors(sch, element, extent(sch, element), lanes, unroll=True)
+            _vectors(sch, element, extent(sch, element), lanes, None)
         sch.decompose_reduction(block, k)
 
 
-def _vectors(sch: Any, loop: Any, length: int, lanes: int, unroll: bool = False) -> None:
-    """Vectors over a loop; where the last is not full, its elements one by one."""
+def _vectors(sch: Any, loop: Any, length: int, lanes: int, together: int | None = 1) -> None:
+    """Vectors over a loop, so many (None: all) unrolled; where the last is not full, its elements one by one."""
     if length == 1:
         return
     if length <= lanes and length & (length - 1) == 0:
@@ -217,8 +219,8 @@ def _vectors(sch: Any, loop: Any, length: int, lanes: int, unroll: bool = False)
     sch.vectorize(lane)
     if length % lanes:
         partition(sch, outer)
-    elif unroll:
-        sch.unroll(outer)
+    elif together != 1:
+        sch.unroll(outer if together is None else sch.split(outer, factors=[None, gcd(length // lanes, together)])[1])
 
 
 def _softmax(read: Read, rows: int, row: Row, attrs: Any, *_: Any) -> Read:

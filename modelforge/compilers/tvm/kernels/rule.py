@@ -31,6 +31,14 @@ class Anchored(Protocol):
         """Schedule the kernel around ``anchor``; return a few words on the tile for the report."""
 
 
+@runtime_checkable
+class AmongEntries(Protocol):
+    """A rule that packs weights in one of several ways, which should be the same for all entries that read them."""
+
+    def among(self, batches: tuple[int, ...]) -> Anchored:
+        """The rule for a module that has an entry for each of these batches."""
+
+
 class General(Protocol):
     """A rule for kernels by their form alone."""
 

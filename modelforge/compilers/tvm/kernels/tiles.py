@@ -12,6 +12,7 @@ from modelforge.compilers.tvm.machine import Machine
 _LATENCY: Final = 8
 """Sums in flight that keep two multiply-add pipes busy at a latency of four cycles (Zen 4, Cortex-A76)."""
 _WIDEST: Final = 4
+_NEAR: Final = 1.02
 _TRIED: Final = 16
 """Tiles that a search measures at most: those after them cost half as much again by the model."""
 
@@ -34,15 +35,25 @@ class Tile:
 
 
 def choose(
-    rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str = "float32", widest: int = _WIDEST
+    rows: Iterable[tuple[int, float]],
+    columns: int,
+    machine: Machine,
+    dtype: str = "float32",
+    widest: int = _WIDEST,
+    unit: int = 1,
 ) -> Tile:
     """The tile with the least cost per useful multiply-add, or the measured one. Arguments as of :func:`ranked`."""
-    found = ranked(rows, columns, machine, dtype, widest)
+    found = ranked(rows, columns, machine, dtype, widest, unit)
     return chosen("tile", found[0], lambda: found[1:_TRIED])
 
 
 def ranked(
-    rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str = "float32", widest: int = _WIDEST
+    rows: Iterable[tuple[int, float]],
+    columns: int,
+    machine: Machine,
+    dtype: str = "float32",
+    widest: int = _WIDEST,
+    unit: int = 1,
 ) -> list[Tile]:
     """All tiles that fit the registers, the least cost per useful multiply-add first.
 
@@ -50,11 +61,29 @@ def ranked(
         rows: heights that the caller can have, each with the work that it does per useful row (1.0: no waste).
         columns: channels or columns wanted.
         widest: vectors that a tile may have.
+        unit: vectors of columns that lie side by side in packed weights; a tile has a part of them, or some such.
 
     The cost of a tile is the longest of what the pipes for sums take, what the loads take (one per row, one per
     vector; two a cycle, like sums), and the latency, times the waste. A tile that does not fit costs a little more
     still: its results are tested as they are stored.
     """
+    found = _costs(rows, columns, machine, dtype, widest)
+    fitting = [tile for _, tile in found if tile.vectors % unit == 0 or unit % tile.vectors == 0]
+    return fitting or [Tile(1, 1, _lanes(columns, machine.lanes(dtype)))]
+
+
+def unit(columns: int, machine: Machine, dtype: str = "float32", widest: int = _WIDEST) -> int:
+    """Vectors of columns to pack side by side: what suits many rows, and as many as cost hardly more, so that few rows
+    read few streams. The rows have no say: whatever reads the weights, they are packed alike."""
+    heights = [(size, 1.0) for size in range(1, machine.registers + 1)]
+    found = _costs(heights, columns, machine, dtype, widest)
+    return max((tile.vectors for cost, tile in found if cost <= _NEAR * found[0][0]), default=1)
+
+
+def _costs(
+    rows: Iterable[tuple[int, float]], columns: int, machine: Machine, dtype: str, widest: int
+) -> list[tuple[float, Tile]]:
+    """Cost per useful multiply-add of all tiles that fit the registers, the least first."""
     lanes = _lanes(columns, machine.lanes(dtype))
     found: list[tuple[float, Tile]] = []
     deep = depth(machine, dtype)
@@ -72,14 +101,20 @@ def ranked(
                 steps = max(steps, sums + height / deep + vectors / 2)
             cost = waste * wide * steps / sums * (1.05 if waste > 1 else 1.0)
             found.append((round(cost, 9), Tile(height, vectors, lanes)))
-    found.sort(key=lambda pair: pair[0])
-    return [tile for _, tile in found] or [Tile(1, 1, lanes)]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def depth(machine: Machine, dtype: str) -> int:
     """How many elements of a row one load brings, where instructions multiply by one element of a register (Arm: FMLA
     by element); 1 where each is broadcast from memory for nothing (x86)."""
     return machine.lanes(dtype) if machine.isa == "aarch64" else 1
+
+
+def steps(count: int, machine: Machine, dtype: str) -> int:
+    """How many of ``count`` elements of a row to go through in one turn of a loop: whole loads, two where they come out
+    even, for half as many instructions of the loop itself; 1 where that is not possible or gives nothing."""
+    deep = depth(machine, dtype)
+    return next((size for size in (8, deep) if size in (deep, 2 * deep) and deep > 1 and count % size == 0), 1)
 
 
 def divisors(count: int, machine: Machine) -> list[tuple[int, float]]:

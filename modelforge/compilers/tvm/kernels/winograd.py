@@ -15,7 +15,7 @@ the usual ones, 4.7 times. Half precision is never computed so. An infinity spre
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import Any, Final
 
@@ -54,6 +54,10 @@ class Winograd:
 
     name: str = "winograd"
     operators: tuple[str, ...] = ("relax.nn.conv2d",)
+    batches: tuple[int, ...] = ()
+
+    def among(self, batches: tuple[int, ...]) -> Winograd:
+        return replace(self, batches=batches)
 
     def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
         window = window_of(call)
@@ -61,7 +65,7 @@ class Winograd:
             return None
         if (window.kernel, window.strides, window.dilation) != ((3, 3), (1, 1), (1, 1)):
             return None
-        plans = ranked(window, machine)
+        plans = ranked(window, machine, self.batches)
         plan = chosen("plan", plans[0], lambda: plans[1:])
         if plan is None:
             return None

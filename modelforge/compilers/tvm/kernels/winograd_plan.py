@@ -5,6 +5,7 @@ Costs are vector operations of one thread; a multiply-add of one vector is one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Final
@@ -70,21 +71,50 @@ class Plan:
         return 4 * IN**2 * (self.group * (channels + columns) + self.depth * columns)
 
 
-def ranked(window: Window, machine: Machine) -> list[Plan | None]:
+def ranked(window: Window, machine: Machine, batches: Sequence[int] = ()) -> list[Plan | None]:
     """Plans, the least cost first; None stands for the direct kernel, where it costs hardly more than the next or less.
 
-    Channels of both sides must fill vectors of at least four lanes; ``window`` is 3x3, stride 1, dilation 1.
+    Channels of both sides must fill vectors of at least four lanes; ``window`` is 3x3, stride 1, dilation 1. Where a
+    module has entries for several ``batches``, one of them the window's, what suits them together is first for each:
+    kernels of both kinds would hold the weights twice.
     """
-    batch, _, _, channels = window.data
-    deep, lanes = gcd(channels, machine.lanes()), gcd(window.channels, machine.lanes())
-    high, broad = window.size
-    tall, wide = -(-high // OUT), -(-broad // OUT)
-    count = batch * tall * wide
-    if min(deep, lanes) < 4 or count < 1:
+    deep, lanes = gcd(window.data[3], machine.lanes()), gcd(window.channels, machine.lanes())
+    if min(deep, lanes) < 4 or 0 in (*window.data, *window.size):
         return [None]
     # Of one image: entries for several batches then read the same packed weights.
+    tall, wide = _tiles(window)
     heights = tiles.padded(tall * wide, machine)
-    tile = tiles.choose(heights, window.channels, replace(machine, vector_bits=32 * lanes))
+    narrow = replace(machine, vector_bits=32 * lanes)
+    tile = tiles.choose(heights, window.channels, narrow)
+    alike = [other for other in tiles.ranked(heights, window.channels, narrow) if other.columns == tile.columns]
+
+    def fitting(of: Window) -> list[Plan]:
+        # Groups of the best height may all be too large, or none traceable: then the next that reads the same weights.
+        return next(filter(None, (_plans(of, each, deep, machine) for each in (tile, *alike))), [])
+
+    plans = fitting(window)
+    others = [replace(window, data=(batch, *window.data[1:])) for batch in batches if window.data[0] in batches]
+    found = [(other, fitting(other)) for other in others]
+    if len(found) > 1 and all(mine for _, mine in found):
+        shares = [cost(mine[0], other, machine) / direct_cost(other, machine) for other, mine in found]
+        together = sum(shares) < _GAIN * len(shares)
+        return [*plans[:_TRIED], None] if together else [None, *plans[:_TRIED]]
+    limit = _GAIN * direct_cost(window, machine)
+    better = [plan for plan in plans if cost(plan, window, machine) < limit]
+    return [*better[:_TRIED], None, *plans[len(better) : _TRIED]]
+
+
+def _tiles(window: Window) -> tuple[int, int]:
+    """In a column and in a row of one image."""
+    high, broad = window.size
+    return -(-high // OUT), -(-broad // OUT)
+
+
+def _plans(window: Window, tile: tiles.Tile, deep: int, machine: Machine) -> list[Plan]:
+    """Those that fit the caches, the least cost first."""
+    batch, _, _, channels = window.data
+    tall, wide = _tiles(window)
+    count = batch * tall * wide
     room = machine.l2 // 3 // (4 * IN**2 * tile.columns)
     depth = max(size for size in range(deep, channels + 1, deep) if channels % size == 0 and size <= max(deep, room))
     blocks = -(-count // tile.rows)
@@ -92,10 +122,7 @@ def ranked(window: Window, machine: Machine) -> list[Plan | None]:
     sizes = sorted(size for size in even if size >= count or _traceable(size, tall, wide, batch))
     plans = [Plan(tall, wide, size, depth, deep, tile, by_group) for size in sizes for by_group in (True, False)]
     small = [plan for plan in plans if plan.held(channels) <= _MEMORY * machine.l2]
-    small.sort(key=lambda plan: cost(plan, window, machine))
-    limit = _GAIN * direct_cost(window, machine)
-    better = [plan for plan in small if cost(plan, window, machine) < limit]
-    return [*better[:_TRIED], None, *small[len(better) : _TRIED]]
+    return sorted(small, key=lambda plan: cost(plan, window, machine))
 
 
 def _traceable(group: int, tall: int, wide: int, batch: int) -> bool:

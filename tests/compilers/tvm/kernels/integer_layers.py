@@ -89,16 +89,22 @@ def reference(model: onnx.ModelProto, x: Array) -> Array:
 
 def compiled(model: onnx.ModelProto, machine: Machine) -> tuple[Any, list[Any]]:
     """The executable and the report for each kernel."""
-    from modelforge.compilers.tvm import frontend, lowering, scheduling
+    from modelforge.compilers.tvm import lowering, scheduling
     from modelforge.compilers.tvm.api import target, tvm
+
+    module = lowering.lower(imported(model), machine)
+    module, reports = scheduling.schedule_all(module, machine)
+    return tvm.compile(module, target(machine)), reports
+
+
+def imported(model: onnx.ModelProto) -> Any:
+    """The model as a module of Relax."""
+    from modelforge.compilers.tvm import frontend
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
-        module = frontend.import_entries({"main": path})
-    module = lowering.lower(module, machine)
-    module, reports = scheduling.schedule_all(module, machine)
-    return tvm.compile(module, target(machine)), reports
+        return frontend.import_entries({"main": path})
 
 
 def run(executable: Any, x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("tvm")
 
 from modelforge.compilers.tvm.api import relax
-from modelforge.compilers.tvm.kernels import matmul
+from modelforge.compilers.tvm.kernels import matmul, tiles
 from modelforge.compilers.tvm.machine import Machine
 from tests.compilers.tvm.kernels.graphs import Graph, compiled, rules, run
 from tests.compilers.tvm.kernels.machines import AVX2, AVX512, MACHINES, runnable
@@ -55,6 +56,37 @@ def test_every_width_of_vectors(machine: Machine, shape: tuple[int, int, int]) -
     np.testing.assert_allclose(result, wide, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("machine", runnable(AVX512, AVX2))
+@pytest.mark.parametrize(("rows", "columns"), [(1, 290), (7, 207), (1, 67), (3, 54)])
+def test_a_tile_that_reaches_beyond_the_last_block(machine: Machine, rows: int, columns: int) -> None:
+    data, weight, bias = arrays((rows, 19), (19, columns), (columns,))
+    result, reports = run(dense(weight, bias, relax.op.nn.relu), [data], machine)
+    assert set(rules(reports).values()) == {"matmul"}
+    np.testing.assert_allclose(result, np.maximum(data @ weight + bias, 0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(columns=st.integers(1, 5000), rows=st.integers(1, 300))
+def test_tiles_are_whole_parts_of_packed_blocks(machine: Machine, columns: int, rows: int) -> None:
+    """Weights are packed alike for every number of rows: tiles have several blocks or a part of one."""
+    unit = tiles.unit(columns, machine)
+    tile = matmul.choose(rows, columns, machine, "float32", unit)
+    assert 0 in (tile.vectors % unit, unit % tile.vectors)
+
+
+@pytest.mark.parametrize("name", ["cortex-a53", "cortex-a72", "cortex-a76"])
+@pytest.mark.parametrize("inner", [64, 61])
+def test_values_of_a_row_are_loaded_by_vectors_on_arm(name: str, inner: int) -> None:
+    """FMLA by element multiplies by any of four values that one load brought; 61 values are filled up."""
+    data, weight, bias = arrays((32, inner), (inner, 64), (64,))
+    executable, _ = compiled(dense(weight, bias, relax.op.nn.relu), [data], MACHINES[name])
+    assembly = next(module for module in executable.mod.imports if module.kind == "llvm").inspect_source("asm")
+    used = set(re.findall(r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[(\d)\]", assembly))
+    assert used == {"0", "1", "2", "3"}
+    assert "ld1r" not in assembly
+
+
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
 @pytest.mark.parametrize("shape", [(1, 64, 1000), (40, 24, 65), (64, 32, 96), (7, 5, 3)])
 def test_applies_on_every_machine(machine: Machine, shape: tuple[int, int, int]) -> None:
@@ -79,6 +111,9 @@ def test_packing_pads_the_last_block_with_zeros() -> None:
     assert packed.shape == (2, 3, 4)
     np.testing.assert_array_equal(packed[0], [[0, 1, 2, 3], [5, 6, 7, 8], [10, 11, 12, 13]])
     np.testing.assert_array_equal(packed[1], [[4, 0, 0, 0], [9, 0, 0, 0], [14, 0, 0, 0]])
+    deeper = matmul.pack(np.ones((3, 5), np.float32), 4, 8)
+    assert deeper.shape == (2, 8, 4)
+    assert not deeper[:, 3:].any()
 
 
 def test_one_row_takes_many_vectors() -> None:

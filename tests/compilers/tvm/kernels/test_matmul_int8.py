@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from modelforge.compilers.tvm.machine import Machine
@@ -42,6 +42,8 @@ def product(
     zero=st.sampled_from([0, -128, 37]),
     op=st.sampled_from(["MatMul", "Gemm"]),
 )
+@example(leading=(1,), inner=64, columns=290, zero=37, op="MatMul")  # tiles reach beyond the last block of weights
+@example(leading=(3,), inner=20, columns=54, zero=0, op="MatMul")
 def test_agrees_to_one_step(
     machine: Machine, leading: tuple[int, ...], inner: int, columns: int, zero: int, op: str
 ) -> None:

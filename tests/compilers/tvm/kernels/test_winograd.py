@@ -82,7 +82,8 @@ def numbers(shape: Shape, channels: int) -> tuple[Array, Array]:
 def always(monkeypatch: pytest.MonkeyPatch, pick: int = 0) -> None:
     """Take a plan even where the direct kernel would cost less."""
 
-    def plans(window: Window, machine: Machine) -> list[Any]:
+    def plans(window: Window, machine: Machine, batches: tuple[int, ...] = ()) -> list[Any]:
+        del batches
         found = [plan for plan in winograd_plan.ranked(window, machine) if plan is not None]
         return [found[pick % len(found)]] if found else [None]
 
@@ -187,3 +188,19 @@ def test_transformed_data_stays_small(machine: Machine) -> None:
 def test_a_search_may_choose_the_direct_kernel() -> None:
     window = Window((1, 56, 56, 64), 64, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
     assert None in winograd_plan.ranked(window, AVX512)[1:]
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
+def test_entries_for_several_batches_take_the_same_kind(machine: Machine) -> None:
+    """512 channels of 7x7: alone, one image would be summed directly and eight would not."""
+    windows = [Window((batch, 7, 7, 512), 512, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)) for batch in (1, 8)]
+    assert [winograd_plan.ranked(window, machine)[0] is None for window in windows] == [True, False]
+    together = [winograd_plan.ranked(window, machine, (1, 8))[0] for window in windows]
+    assert len({plan and plan.tile for plan in together}) == 1
+    assert winograd_plan.ranked(windows[0], machine, (1, 1))[0] is None
+
+
+def test_entries_that_gain_much_decide() -> None:
+    window = Window((1, 7, 7, 512), 512, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    assert winograd_plan.ranked(window, AVX512, (1, 2))[0] is None
+    assert winograd_plan.ranked(window, AVX512, (1, 8, 16))[0] is not None

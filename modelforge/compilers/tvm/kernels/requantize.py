@@ -1,0 +1,88 @@
+"""Floats to bytes at the end of a layer: round to even, and narrow with saturation.
+
+Idea: the graph says maximum, minimum, round and cast; instruction sets have conversions that round and narrowing that
+saturates, which do the clipping for nothing (Arm: FCVTNS, SQXTN; x86: VCVTPS2DQ, VPMOVSDB or VPACKSS). Clipping that is
+tighter than the type is done on bytes. Bound: three instructions a vector of floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from modelforge.compilers.tvm.api import (
+    ELEMENTWISE,
+    computed_by,
+    constant_value,
+    dtype_of,
+    emit_kernel,
+    is_constant,
+    op_name,
+    te,
+    tirx,
+)
+from modelforge.compilers.tvm.machine import Machine
+
+_BOUNDS: Final = {"int8": (-128, 127), "uint8": (0, 255)}
+_LARGEST: Final = float(1 << 30)
+"""What a float is kept below on x86 before it becomes an integer: beyond, the conversion gives the least integer."""
+
+
+@dataclass(frozen=True)
+class Requantize:
+    """Casts to 8 bits of what was rounded and clipped."""
+
+    name: str = "requantize"
+    operators: tuple[str, ...] = ("relax.astype",)
+
+    def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
+        dtype = str(call.attrs.dtype)
+        rounded = computed_by(call.args[0], builder)
+        if dtype not in _BOUNDS or op_name(rounded) != "relax.round" or dtype_of(rounded) != "float32":
+            return None
+        low, high = _BOUNDS[dtype]
+        value = rounded.args[0]
+        for name in ("relax.minimum", "relax.maximum"):
+            clipped = computed_by(value, builder)
+            bound = _number(clipped, builder) if op_name(clipped) == name else None
+            if bound is None:
+                return None
+            low, high = (max(low, bound), high) if name == "relax.maximum" else (low, min(high, bound))
+            value = clipped.args[0]
+
+        low = min(low, high)
+
+        def compute(data: Any) -> Any:
+            return te.compute(data.shape, lambda *i: _byte(data(*i), dtype, low, high, machine), name="requantize")
+
+        return emit_kernel(builder, compute, value, name="requantize", pattern=ELEMENTWISE)
+
+    def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
+        raise NotImplementedError("these kernels carry no anchor: they are scheduled with what they fuse into")
+
+
+def _byte(x: Any, dtype: str, low: int, high: int, machine: Machine) -> Any:
+    if machine.isa == "x86_64":
+        x = tirx.min(x, tirx.const(_LARGEST, "float32"))
+    found = tirx.Cast("int32", tirx.round(x))
+    if (machine.isa, machine.vector_bits) != ("x86_64", 512):  # AVX-512 narrows 32 bits to 8 at once
+        found = tirx.Cast("int16", _clip(found, -(1 << 15), (1 << 15) - 1))
+    least, greatest = _BOUNDS[dtype]
+    found = tirx.Cast(dtype, _clip(found, least, greatest))
+    if low > least:
+        found = tirx.max(found, tirx.const(low, dtype))
+    return tirx.min(found, tirx.const(high, dtype)) if high < greatest else found
+
+
+def _clip(x: Any, low: int, high: int) -> Any:
+    return tirx.max(tirx.min(x, tirx.const(high, x.ty.dtype)), tirx.const(low, x.ty.dtype))
+
+
+def _number(clip: Any, builder: Any) -> int | None:
+    """The bound of a clip, rounded as what it clips will be: rounding keeps the order."""
+    bound = clip.args[1] if is_constant(clip.args[1]) else computed_by(clip.args[1], builder)
+    if not is_constant(bound) or constant_value(bound).size != 1:
+        return None
+    return int(np.rint(constant_value(bound).reshape(-1)[0]))

@@ -1,0 +1,51 @@
+"""Where integer sums start: a constant per channel, which costs nothing as registers have to be set to something.
+
+Rules give their kernels such a constant (what the zero point of the activations adds); an integer constant that is
+added to the sums (:mod:`..integer` makes biases and zero points so) joins it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from modelforge.compilers.tvm.api import (
+    computed_by,
+    constant_value,
+    dtype_of,
+    emit_sums,
+    is_constant,
+    kernel_attribute,
+    op_name,
+    relax,
+)
+from modelforge.compilers.tvm.kernels.rule import RULE
+
+Array = np.ndarray[Any, Any]
+
+STARTS: Final = "modelforge.starts"
+"""An attribute of a kernel: its last argument is where the sums of each column start."""
+
+
+def emit_from(builder: Any, compute: Any, *arguments: Any, start: Array, name: str, pattern: int) -> Any:
+    """Emit a kernel of int32 sums from ``start`` [columns of the main block]."""
+    told = {STARTS: 1}
+    constant = relax.const(start.astype(np.int32))
+    return emit_sums(builder, compute, *arguments, constant, main=RULE, name=name, pattern=pattern, **told)
+
+
+def with_constant(call: Any, builder: Any) -> Any | None:
+    """What stands for ``sums + constant`` where the kernel of the sums can start there; None for other sums."""
+    if op_name(call) != "relax.add" or dtype_of(call.args[0]) != "int32" or not is_constant(call.args[1]):
+        return None
+    sums = computed_by(call.args[0], builder)
+    if op_name(sums) != "relax.call_tir" or not kernel_attribute(builder, sums.args[0], STARTS):
+        return None
+    added, channels = constant_value(call.args[1]), int(call.args[0].ty.shape[-1])
+    if added.size not in (1, channels) or (added.size > 1 and added.shape[-1] != channels):
+        return None
+    *inputs, start = sums.args[1].fields
+    moved = constant_value(start).copy()
+    moved[:channels] += added.reshape(-1)
+    return relax.Call(sums.op, [sums.args[0], relax.Tuple([*inputs, relax.const(moved)])], sums.attrs, sums.ty_args)
