@@ -105,7 +105,7 @@ def constant_cases(folder: Path) -> list[Case]:
     """The same with every input but the first a constant, as in a real model."""
     found = []
     for name, model, values in _node_models():
-        frozen = _frozen(model, values)
+        frozen = frozen(model, values)
         if frozen is not None:
             found.append(Case("constants", name, _save(frozen, folder / f"{name}.onnx"), is_held(name)))
     return found
@@ -148,7 +148,7 @@ def _node_models() -> Iterator[tuple[str, onnx.ModelProto, list[object]]]:
             yield case.name, case.model, case.data_sets[0][0]
 
 
-def _frozen(model: onnx.ModelProto, values: Sequence[object]) -> onnx.ModelProto | None:
+def frozen(model: onnx.ModelProto, values: Sequence[object]) -> onnx.ModelProto | None:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kept = []
