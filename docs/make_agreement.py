@@ -105,9 +105,9 @@ def constant_cases(folder: Path) -> list[Case]:
     """The same with every input but the first a constant, as in a real model."""
     found = []
     for name, model, values in _node_models():
-        frozen = frozen(model, values)
-        if frozen is not None:
-            found.append(Case("constants", name, _save(frozen, folder / f"{name}.onnx"), is_held(name)))
+        fixed = frozen(model, values)
+        if fixed is not None:
+            found.append(Case("constants", name, _save(fixed, folder / f"{name}.onnx"), is_held(name)))
     return found
 
 

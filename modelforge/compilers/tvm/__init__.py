@@ -65,8 +65,10 @@ class TvmCompiler:
         return [*preflight.refusals(facts, target, precision, inputs, dims), *tuner.refusals(target, options)]
 
     def supports_model(self, model: Path, target: Target, options: Options = NO_OPTIONS) -> list[Refusal]:
-        del model, target, options  # its facts say all that is known
-        return []
+        del target, options
+        from modelforge.compilers.tvm import preflight_attributes  # needs onnx, which a deployer's install has not
+
+        return preflight_attributes.refusals(model)
 
     def tuned_on(self, options: Options) -> str:
         return tuner.place(options)

@@ -9,14 +9,22 @@ from typing import Any
 import numpy as np
 import onnx
 
+from modelforge.compilers.tvm import preflight_attributes
 from modelforge.compilers.tvm.api import Mutator, from_onnx, mutator, relax, tirx, tvm
+from modelforge.errors import UnsupportedError
 
 
 def import_entries(models: Mapping[str, Path]) -> Any:
-    """One IRModule with a Relax function per entry: ``models`` maps function names to models of fixed shape."""
+    """One IRModule with a Relax function per entry: ``models`` maps function names to models of fixed shape.
+
+    Raises:
+        UnsupportedError: the importer would make something else of a node.
+    """
     merged = tvm.IRModule()
     for function, path in models.items():
         model = onnx.load(path)
+        for refusal in preflight_attributes.found_in(model):
+            raise UnsupportedError(refusal.what, fix=refusal.fix)
         _plain_nodes(model)
         module = from_onnx(model, shape_dict=_shapes(model), dtype_dict=_dtypes(model), keep_params_in_input=False)
         module = relax.transform.DecomposeOpsForInference()(module)
@@ -25,10 +33,15 @@ def import_entries(models: Mapping[str, Path]) -> Any:
 
 
 def _plain_nodes(model: Any) -> None:
-    """Clip as Max and Min, Sum as Adds: the importer writes them as opaque loops, which no later pass goes through."""
+    """Clip as Max and Min, Sum as Adds: the importer writes them as opaque loops, which no later pass goes through.
+    Sinh and Cosh, for which TVM generates no code, by exponentials; Concat without tensors that hold nothing, of which
+    TVM's runtime reads no constants."""
     known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     nodes: list[Any] = []
     for node in model.graph.node:
+        if node.op_type == "Concat":
+            kept = [name for name in node.input if name not in known or known[name].size]
+            node.input[:] = kept or node.input[:1]
         if node.op_type == "Clip" and node.input[1:]:
             low, high = (*node.input[1:], "", "")[:2]
             steps = [(op, bound) for op, bound in (("Max", low), ("Min", high)) if bound]
@@ -38,7 +51,10 @@ def _plain_nodes(model: Any) -> None:
             steps = [("Add", name) for name in node.input[1:]]
         else:
             steps = []
-        nodes += _chain(node, steps) if steps else [node]
+        if node.op_type in ("Sinh", "Cosh"):
+            nodes += _hyperbolic(node)
+        else:
+            nodes += _chain(node, steps) if steps else [node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
@@ -51,6 +67,18 @@ def _chain(node: Any, steps: Sequence[tuple[str, str]]) -> Iterator[Any]:
         result = node.output[0] if last else f"{node.output[0]}/{position}"
         yield onnx.helper.make_node(op, [current, operand], [result], name=f"{node.name}/{position}")
         current = result
+
+
+def _hyperbolic(node: Any) -> Iterator[Any]:
+    """Sinh or Cosh: the mean of two exponentials, one of them negated."""
+    (x,), (y,) = node.input, node.output
+    make = onnx.helper.make_node
+    yield make("Exp", [x], [f"{y}/up"], name=f"{node.name}/up")
+    yield make("Neg", [x], [f"{y}/minus"], name=f"{node.name}/minus")
+    yield make("Exp", [f"{y}/minus"], [f"{y}/down"], name=f"{node.name}/down")
+    if node.op_type == "Sinh":
+        yield make("Neg", [f"{y}/down"], [f"{y}/negated"], name=f"{node.name}/negated")
+    yield make("Mean", [f"{y}/up", f"{y}/negated" if node.op_type == "Sinh" else f"{y}/down"], [y], name=node.name)
 
 
 def _renamed(module: Any, function: str) -> Any:
@@ -109,18 +137,22 @@ def tensors(path: Path) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tu
     return inputs, [(value.name, dtype_name(value)) for value in model.graph.output]
 
 
-def output_shapes(module: Any, function: str) -> list[tuple[int, ...]]:
-    """The shapes that TVM inferred for the outputs of an entry.
+def output_shapes(module: Any, function: str, names: Sequence[str]) -> list[tuple[int, ...]]:
+    """The shapes that TVM inferred for the outputs of an entry, which have these names.
 
     Raises:
-        ValueError: one depends on the data.
+        UnsupportedError: one depends on the data.
     """
     result = module[function].ret_ty
     fields = list(result.fields) if isinstance(result, relax.TupleType) else [result]
     shapes: list[tuple[int, ...]] = []
-    for field in fields:
+    for name, field in zip(names, fields, strict=True):
         if field.shape is None or any(not isinstance(size, tirx.IntImm) for size in field.shape):
-            raise ValueError("the shape of an output depends on the data")
+            raise UnsupportedError(
+                "the shape of an output depends on the data",
+                where=f"output {name}",
+                fix="end the model before it, or make what decides its shape constant",
+            )
         shapes.append(tuple(int(size) for size in field.shape))
     return shapes
 
