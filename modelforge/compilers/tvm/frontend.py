@@ -35,8 +35,9 @@ def import_entries(models: Mapping[str, Path]) -> Any:
 def _plain_nodes(model: Any) -> None:
     """Clip as Max and Min, Sum as Adds: the importer writes them as opaque loops, which no later pass goes through.
     Sinh and Cosh, for which TVM generates no code, by exponentials; Concat without tensors that hold nothing, of which
-    TVM's runtime reads no constants."""
+    TVM's runtime reads no constants; LRN of FP16 in FP32, as the importer's constants for it are."""
     known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
     nodes: list[Any] = []
     for node in model.graph.node:
         if node.op_type == "Concat":
@@ -53,6 +54,8 @@ def _plain_nodes(model: Any) -> None:
             steps = []
         if node.op_type in ("Sinh", "Cosh"):
             nodes += _hyperbolic(node)
+        elif node.op_type == "LRN" and kinds.get(node.input[0]) == onnx.TensorProto.FLOAT16:
+            nodes += _in_float32(node)
         else:
             nodes += _chain(node, steps) if steps else [node]
     del model.graph.node[:]
@@ -67,6 +70,17 @@ def _chain(node: Any, steps: Sequence[tuple[str, str]]) -> Iterator[Any]:
         result = node.output[0] if last else f"{node.output[0]}/{position}"
         yield onnx.helper.make_node(op, [current, operand], [result], name=f"{node.name}/{position}")
         current = result
+
+
+def _in_float32(node: Any) -> Iterator[Any]:
+    (x,), (y,) = node.input, node.output
+    make = onnx.helper.make_node
+    yield make("Cast", [x], [f"{y}/wide"], name=f"{node.name}/wide", to=onnx.TensorProto.FLOAT)
+    inner = onnx.NodeProto()
+    inner.CopyFrom(node)
+    inner.input[:], inner.output[:] = [f"{y}/wide"], [f"{y}/narrow"]
+    yield inner
+    yield make("Cast", [f"{y}/narrow"], [y], name=f"{node.name}/narrow", to=onnx.TensorProto.FLOAT16)
 
 
 def _hyperbolic(node: Any) -> Iterator[Any]:

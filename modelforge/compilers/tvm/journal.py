@@ -1,4 +1,4 @@
-"""What a tuning has tried, on disk: a candidate that ends the process costs itself, and what was measured before stands.
+"""What a tuning has tried, on disk: a candidate that ends the process costs itself, what was measured before it stands.
 
 A line of JSON before each candidate and one after it. The child process writes them; the one that takes its place reads
 them, and so does the parent (:mod:`.tuner`). Imports no TVM.

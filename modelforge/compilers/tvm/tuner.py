@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelforge.compilers.protocol import CompileJob, Refusal, Tuned
-from modelforge.compilers.tvm import database, devices
+from modelforge.compilers.tvm import archive, database, devices
 from modelforge.compilers.tvm.database import Database
 from modelforge.compilers.tvm.journal import Journal
 from modelforge.errors import BuildError, InputError
@@ -23,7 +23,6 @@ from modelforge.store import StepRecord, Store, canonical_json
 from modelforge.target import CpuArchitecture, Target
 from modelforge.toolchains import host, worker
 
-_STEP: Final = "tuning"
 _SEARCH: Final = 1
 """Raised whenever the search itself would find something else."""
 _MOST_CRASHES: Final = 10
@@ -87,7 +86,7 @@ def tune(job: CompileJob, request: Mapping[str, Any], rules: str, store: Store) 
         found = _measure(job, request, rules, trials, imported)
         tuned = _tuned(found, job.workdir, "")
         files = {database.FILE: store.add(tuned.database)}
-        store.write(StepRecord(key, _STEP, round(time.monotonic() - begun, 3), {"device": found.device}, files))
+        store.write(StepRecord(key, archive.STEP, round(time.monotonic() - begun, 3), {"device": found.device}, files))
     return tuned
 
 

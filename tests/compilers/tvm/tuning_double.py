@@ -1,6 +1,6 @@
-"""The child process of a tuning, in which candidates crash: `tuning_double.py HOW TIMES MARKER FUNCTION REQUEST ANSWER`.
+"""The child of a tuning, in which candidates crash: `tuning_double.py HOW TIMES MARKER FUNCTION REQUEST ANSWER`.
 
-HOW: ``segfault`` and ``hang`` when it is run, ``abort`` when it is compiled, ``baseline`` for the untuned kernel already.
+HOW: ``segfault`` and ``hang`` when it is run, ``abort`` when it is compiled, ``baseline`` already the untuned kernel.
 The first TIMES candidates do, and are named in MARKER; a later process crashes at the same ones again.
 """
 
