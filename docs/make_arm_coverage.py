@@ -139,14 +139,19 @@ def run_model(model: Model, tags: Sequence[str], kept: Path) -> Iterator[tuple[t
         work = Path(name)
         for column in wanted:
             try:
-                result = _run_one(model, *column, work)
+                result = run_one(model, *column, work)
             except ModelForgeError as error:
                 result = Result(reason=f"{error.what}{f' ({error.where})' if error.where else ''}")
             _file(kept, model, column).write_text(json.dumps(asdict(result)), encoding="utf-8")
             yield column, result
 
 
-def _run_one(model: Model, tag: str, precision: str, work: Path) -> Result:
+def run_one(model: Model, tag: str, precision: str, work: Path) -> Result:
+    """Lower, compile, run and judge. ``work`` holds what is lowered.
+
+    Raises:
+        ModelForgeError: one of these failed.
+    """
     target = Registry().get(tag)
     source = _lowered(model, precision, work)
     compiler = TvmCompiler()

@@ -21,7 +21,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from modelforge.compilers.protocol import CompileJob
-from modelforge.compilers.tvm import TvmCompiler, _machine, database, devices, runtime, tuner, tuning
+from modelforge.compilers.tvm import TvmCompiler, _machine, archive, database, devices, runtime, tuner, tuning
 from modelforge.compilers.tvm.devices import Device
 from modelforge.compilers.tvm.journal import Journal
 from modelforge.compilers.tvm.measuring import DeviceFault
@@ -402,6 +402,19 @@ def test_a_database_is_found_again_for_other_weights(model: Path, tmp_path: Path
     assert set(json.loads(text)) == {
         "schema", "rules", "machine", "device", "trials", "choices", "kept", "reason", "kernels", "measured", "model",
     }  # fmt: skip
+
+
+def test_a_tuning_that_was_imported_is_found(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on one machine, exported, imported on another: a build there measures nothing."""
+    stores = [Store(tmp_path / name) for name in ("here", "there")]
+    monkeypatch.setenv("MODELFORGE_HOME", str(stores[0].home))
+    first = TvmCompiler().tune(_job(model, tmp_path / "first", trials=2))
+    archive.export(stores[0], (), tmp_path / "tunings.json")
+    monkeypatch.setenv("MODELFORGE_HOME", str(stores[1].home))
+    archive.take_in(stores[1], tmp_path / "tunings.json")
+    second = TvmCompiler().tune(_job(model, tmp_path / "second", trials=2))
+    assert second.facts["sentence"].endswith("measured before")
+    assert second.database.read_bytes() == first.database.read_bytes()
 
 
 def test_an_imported_database_is_compiled_and_travels_with_the_variant(model: Path, tmp_path: Path) -> None:
