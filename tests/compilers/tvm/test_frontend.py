@@ -81,6 +81,11 @@ def test_a_concat_leaves_out_what_holds_nothing(build: Build, tmp_path: Path) ->
         ("test_convtranspose_output_shape", "ConvTranspose .* output_shape"),
         ("test_mod_float_edge_cases_fmod_0_float32", "Mod .* fmod = 0"),
         ("test_bitshift_left_int32_shift_ge_width", "BitShift .* signed"),
+        ("test_convtranspose_autopad_same", "ConvTranspose .* auto_pad"),
+        ("test_resize_downsample_sizes_linear_antialias", "Resize .* antialias"),
+        ("test_resize_upsample_sizes_nearest_axes_2_3", "Resize .* axes"),
+        ("test_rms_normalization_2d_axis0", "RMSNormalization .* all dimensions"),
+        ("test_reduce_max_bool_inputs", "ReduceMax .* booleans"),
     ],
 )
 def test_what_it_misreads_is_refused_by_the_plan_and_by_the_compile(tmp_path: Path, name: str, told: str) -> None:
@@ -104,11 +109,23 @@ def test_what_it_misreads_is_refused_by_the_plan_and_by_the_compile(tmp_path: Pa
         "test_mod_mixed_sign_int64",
         "test_mod_mixed_sign_float32",  # fmod = 1
         "test_bitshift_left_uint8",
+        "test_resize_upsample_sizes_cubic",
+        "test_rms_normalization_2d_axis1",
+        "test_reduce_max_default_axes_keepdim_example",
     ],
 )
 def test_what_it_reads_right_is_not(tmp_path: Path, name: str) -> None:
     onnx.save(_cases()[name].model, tmp_path / "model.onnx")
     assert preflight_attributes.refusals(tmp_path / "model.onnx") == []
+
+
+@pytest.mark.parametrize(("factor", "is_refused"), [(0.6, True), (0.5, False), (1.75, False), (2.0, False)])
+def test_scales_must_give_whole_sizes(factor: float, is_refused: bool) -> None:
+    """Of 4 pixels, 0.6 makes 2.4, and the importer a ratio of 2."""
+    scales = numpy_helper.from_array(np.array([1, 1, factor, factor], np.float32), "scales")
+    nodes = [helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="linear")]
+    model = make_model(nodes, [value("x", [1, 2, 4, 8])], [value("y", [1, 2, "h", "w"])], [scales])
+    assert bool([*preflight_attributes.found_in(model)]) is is_refused
 
 
 def test_an_output_whose_shape_depends_on_the_data_is_named(build: Build) -> None:
