@@ -106,6 +106,9 @@ def docs(session: nox.Session) -> None:
     )
     if not session.posargs:
         session.run("python", "docs/make_agreement.py")
+        home = {"MODELFORGE_HOME": os.path.abspath("build/home")}
+        session.run("python", "docs/make_arm_coverage.py", env=home)
+        session.run("python", "docs/make_node_coverage.py", env=home)
 
 
 @nox.session

@@ -105,9 +105,9 @@ def constant_cases(folder: Path) -> list[Case]:
     """The same with every input but the first a constant, as in a real model."""
     found = []
     for name, model, values in _node_models():
-        frozen = _frozen(model, values)
-        if frozen is not None:
-            found.append(Case("constants", name, _save(frozen, folder / f"{name}.onnx"), is_held(name)))
+        fixed = frozen(model, values)
+        if fixed is not None:
+            found.append(Case("constants", name, _save(fixed, folder / f"{name}.onnx"), is_held(name)))
     return found
 
 
@@ -148,7 +148,7 @@ def _node_models() -> Iterator[tuple[str, onnx.ModelProto, list[object]]]:
             yield case.name, case.model, case.data_sets[0][0]
 
 
-def _frozen(model: onnx.ModelProto, values: Sequence[object]) -> onnx.ModelProto | None:
+def frozen(model: onnx.ModelProto, values: Sequence[object]) -> onnx.ModelProto | None:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kept = []
@@ -378,13 +378,9 @@ def collect(wanted: Sequence[str], folder: Path) -> list[Case]:
     return cases
 
 
-def write(text: str, path: Path) -> None:
-    """Put the section into the page, in the place of the one that is there."""
-    page = path.read_text(encoding="utf-8")
-    path.write_text(page.partition(HEADING)[0].rstrip("\n") + "\n\n" + text, encoding="utf-8")
-
-
 def main(wanted: list[str]) -> int:
+    from make_coverage import put_section
+
     unknown = sorted(set(wanted) - set(CORPORA))
     if unknown:
         print(f"unknown: {unknown[0]}; known: {', '.join(CORPORA)}", file=sys.stderr)
@@ -394,7 +390,7 @@ def main(wanted: list[str]) -> int:
         text = section(outcomes)
     print(text)
     if not wanted:
-        write(text, Path(__file__).parent / "coverage.md")
+        put_section(HEADING, text)
     low = [title for title, chosen in _groups(outcomes) if agreement(chosen) < THRESHOLD]
     if low:
         print(f"below {THRESHOLD:.0%}: {', '.join(low)}", file=sys.stderr)

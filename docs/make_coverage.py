@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 TARGETS = ("x86-64", "cortex-a76", "a100")
 PRECISIONS = ("fp32", "fp16")
 SAMPLES = 4
+PAGE = Path(__file__).parent / "coverage.md"
 Make = Callable[[], Iterable[np.ndarray]]
 
 
@@ -266,10 +268,9 @@ def write(rows: list[list[str]]) -> None:
     tools = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "apache-tvm", "tensorrt-rtx-cu13", "onnx"))
     head = ["model", "precision", "target", "status", "evidence", "SQNR dB", "agreement", "MB", "why not"]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
-    path = Path(__file__).parent / "coverage.md"
-    # What docs/make_agreement.py wrote behind the table stays.
-    agreement = "".join(path.read_text(encoding="utf-8").partition("\n## TensorRT-RTX: ")[1:]) if path.exists() else ""
-    path.write_text(
+    # What the other scripts wrote behind the table stays.
+    others = "".join(PAGE.read_text(encoding="utf-8").partition("\n## ")[1:]) if PAGE.exists() else ""
+    PAGE.write_text(
         f"""# Coverage
 
 What `modelforge build` makes of real models. Written by `nox -s docs` (docs/make_coverage.py), not by hand;
@@ -288,9 +289,17 @@ on {platform.machine()}, with {tools}.
 - Nothing here is a speed.
 
 {table}
-{agreement}""",
+{others}""",
         encoding="utf-8",
     )
+
+
+def put_section(heading: str, text: str, page: Path = PAGE) -> None:
+    """Put a section that begins with ``heading`` into the page, in the place of the one that is there, else last."""
+    parts = re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    place = next((index for index, part in enumerate(parts) if part.startswith(heading)), len(parts))
+    parts[place : place + 1] = [text]
+    page.write_text("\n\n".join(part.strip("\n") for part in parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "show how each variant was judged, on the terminal or as one HTML page",
     "targets": "list the target profiles",
     "devices": "name the devices that tuning may measure on",
+    "tuning": "list what was tuned here, and take it to other machines",
     "toolchain": "install, list or remove vendor toolchains that need an environment of their own",
     "doctor": "tell which toolchains are here, and how to get the others",
     "ascend": "check an atc command line, or explain the log of an atc run that failed",

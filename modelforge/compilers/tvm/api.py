@@ -196,6 +196,13 @@ def computed_by(expression: Any, builder: Any) -> Any:
     return expression
 
 
+def empty_kernel() -> Any:
+    """A kernel that nobody calls."""
+    one = te.placeholder((1,), "float32", name="one")
+    same = te.compute((1,), lambda i: one[i], name="same")
+    return te.create_prim_func([one, same]).with_attr("global_symbol", "nothing")
+
+
 def extent(sch: Any, loop: Any) -> int:
     """How often a loop runs."""
     return int(sch.get(loop).extent)
@@ -203,7 +210,8 @@ def extent(sch: Any, loop: Any) -> int:
 
 def blocks(sch: Any) -> list[Any]:
     """The blocks of a kernel, in order."""
-    return list(sch.get_child_blocks(sch.get_sblock("root")))
+    # What TVM writes as loops, such as ScatterElements, is one block without others in it, under its own name.
+    return list(sch.get_child_blocks(sch.get_sblock(str(sch.mod["main"].body.block.name_hint))))
 
 
 def is_reduction(sch: Any, block: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelforge.compilers.tvm import lowering, pipeline, scheduling, weights
-from modelforge.compilers.tvm.api import target
+from modelforge.compilers.tvm.api import empty_kernel, target
 from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.scheduling import KernelReport
 from modelforge.compilers.tvm.signature import WEIGHTS_NAME
@@ -30,6 +30,8 @@ def build(module: Any, machine: Machine, folder: Path) -> Objects:
     folder.mkdir(parents=True, exist_ok=True)
     module = lowering.lower(module, machine)
     module, kernels = scheduling.schedule_all(module, machine)
+    if not kernels:  # constants, views and calls of the runtime's own: TVM would write C++ instead of an object file
+        module["nothing"] = empty_kernel()
     module, lifted = weights.lift(module, folder / WEIGHTS_NAME)
     executable = pipeline.compile_module(module, target(machine))
     scratch = folder / "scratch"

@@ -51,6 +51,7 @@ class Measured(_Part):
     measured: NonNegativeInt
     refused: NonNegativeInt
     wrong: NonNegativeInt
+    crashed: NonNegativeInt = 0
     first_refusal: str = ""
 
 
@@ -88,7 +89,8 @@ class Database(_Part):
             f"({row.entry}, {row.rounds} rounds)"
             for row in self.model
         )
-        counted = f"{self.measured.measured} candidates measured"
+        crashed = f" ({self.measured.crashed} crashed)" if self.measured.crashed else ""
+        counted = f"{self.measured.measured} candidates measured{crashed}"
         if not self.kept:
             return f"tuned on {self.device}, {counted}, and the untuned kernels kept: {self.reason}" + (
                 f" ({figures})" if figures else ""

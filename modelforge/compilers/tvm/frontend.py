@@ -34,10 +34,16 @@ def import_entries(models: Mapping[str, Path]) -> Any:
 
 
 def _plain_nodes(model: Any) -> None:
-    """Clip as Max and Min, Sum as Adds: the importer writes them as opaque loops, which no later pass goes through."""
+    """Clip as Max and Min, Sum as Adds: the importer writes them as opaque loops, which no later pass goes through.
+    Sinh and Cosh, for which TVM generates no code, by exponentials; Concat without tensors that hold nothing, of which
+    TVM's runtime reads no constants; LRN of FP16 in FP32, as the importer's constants for it are."""
     known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
     nodes: list[Any] = []
     for node in model.graph.node:
+        if node.op_type == "Concat":
+            kept = [name for name in node.input if name not in known or known[name].size]
+            node.input[:] = kept or node.input[:1]
         if node.op_type == "Clip" and node.input[1:]:
             low, high = (*node.input[1:], "", "")[:2]
             steps = [(op, bound) for op, bound in (("Max", low), ("Min", high)) if bound]
@@ -47,7 +53,12 @@ def _plain_nodes(model: Any) -> None:
             steps = [("Add", name) for name in node.input[1:]]
         else:
             steps = []
-        nodes += _chain(node, steps) if steps else [node]
+        if node.op_type in ("Sinh", "Cosh"):
+            nodes += _hyperbolic(node)
+        elif node.op_type == "LRN" and kinds.get(node.input[0]) == onnx.TensorProto.FLOAT16:
+            nodes += _in_float32(node)
+        else:
+            nodes += _chain(node, steps) if steps else [node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
@@ -60,6 +71,29 @@ def _chain(node: Any, steps: Sequence[tuple[str, str]]) -> Iterator[Any]:
         result = node.output[0] if last else f"{node.output[0]}/{position}"
         yield onnx.helper.make_node(op, [current, operand], [result], name=f"{node.name}/{position}")
         current = result
+
+
+def _in_float32(node: Any) -> Iterator[Any]:
+    (x,), (y,) = node.input, node.output
+    make = onnx.helper.make_node
+    yield make("Cast", [x], [f"{y}/wide"], name=f"{node.name}/wide", to=onnx.TensorProto.FLOAT)
+    inner = onnx.NodeProto()
+    inner.CopyFrom(node)
+    inner.input[:], inner.output[:] = [f"{y}/wide"], [f"{y}/narrow"]
+    yield inner
+    yield make("Cast", [f"{y}/narrow"], [y], name=f"{node.name}/narrow", to=onnx.TensorProto.FLOAT16)
+
+
+def _hyperbolic(node: Any) -> Iterator[Any]:
+    """Sinh or Cosh: the mean of two exponentials, one of them negated."""
+    (x,), (y,) = node.input, node.output
+    make = onnx.helper.make_node
+    yield make("Exp", [x], [f"{y}/up"], name=f"{node.name}/up")
+    yield make("Neg", [x], [f"{y}/minus"], name=f"{node.name}/minus")
+    yield make("Exp", [f"{y}/minus"], [f"{y}/down"], name=f"{node.name}/down")
+    if node.op_type == "Sinh":
+        yield make("Neg", [f"{y}/down"], [f"{y}/negated"], name=f"{node.name}/negated")
+    yield make("Mean", [f"{y}/up", f"{y}/negated" if node.op_type == "Sinh" else f"{y}/down"], [y], name=node.name)
 
 
 def _renamed(module: Any, function: str) -> Any:
@@ -118,18 +152,22 @@ def tensors(path: Path) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tu
     return inputs, [(value.name, dtype_name(value)) for value in model.graph.output]
 
 
-def output_shapes(module: Any, function: str) -> list[tuple[int, ...]]:
-    """The shapes that TVM inferred for the outputs of an entry.
+def output_shapes(module: Any, function: str, names: Sequence[str]) -> list[tuple[int, ...]]:
+    """The shapes that TVM inferred for the outputs of an entry, which have these names.
 
     Raises:
-        ValueError: one depends on the data.
+        UnsupportedError: one depends on the data.
     """
     result = module[function].ret_ty
     fields = list(result.fields) if isinstance(result, relax.TupleType) else [result]
     shapes: list[tuple[int, ...]] = []
-    for field in fields:
+    for name, field in zip(names, fields, strict=True):
         if field.shape is None or any(not isinstance(size, tirx.IntImm) for size in field.shape):
-            raise ValueError("the shape of an output depends on the data")
+            raise UnsupportedError(
+                "the shape of an output depends on the data",
+                where=f"output {name}",
+                fix="end the model before it, or make what decides its shape constant",
+            )
         shapes.append(tuple(int(size) for size in field.shape))
     return shapes
 

@@ -5,6 +5,7 @@ A device is another computer: it may refuse, die, hang or lie. Each ends here as
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -28,6 +29,7 @@ Answer = TypeVar("Answer")
 
 _PATIENCE: Final = 60.0
 """Seconds that a device may take for one answer: a kernel takes microseconds, a model of the largest kind a second."""
+_GRACE: Final = 5.0
 _ROUND: Final = 0.004
 """Seconds that one round of one kernel shall take: long beside the clock's step and a wake-up, short beside the noise
 of a busy machine, which is why rounds of two kernels alternate."""
@@ -223,7 +225,7 @@ def _arrays(value: Any) -> list[Array]:
 def _patience(name: str) -> Iterator[None]:
     """An error where no answer comes: a device that lost its power never closes its connection.
 
-    TVM's socket calls Python's signal handlers when a wait is interrupted; should it not come back, the process ends.
+    TVM's socket calls Python's signal handlers when a wait is interrupted; what never does so ends with the process.
     """
 
     def late(*_: object) -> None:
@@ -237,10 +239,22 @@ def _patience(name: str) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
     try:
-        yield
+        with deadline(_PATIENCE + _GRACE):
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """End the process where what is inside takes longer: code of a candidate that runs for ever, or a pass that does,
+    never comes back to Python, where a signal would be seen. The parent then goes on without it (:mod:`.tuner`)."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # the log of the process, whatever sys.stderr is
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def first_line(error: Exception) -> str:

@@ -23,6 +23,8 @@ _CONTROL_FLOW = ("If", "Loop", "Scan")
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # How many elements these give depends on the data; the runner knows every size beforehand.
 _DATA_DEPENDENT = ("NonZero", "Unique", "Compress", "NonMaxSuppression", "AllClassNMS")
+_SORTS = ("TopK",)
+"""Calls ``tvm.contrib.sort``, which is in the compiler's library and not in the runtime's, which ships."""
 
 
 def refusals(
@@ -119,6 +121,9 @@ def _op(op: OpFacts) -> list[Refusal]:
     if not domain and op.op in _DATA_DEPENDENT:
         fix = "end the model before it, and do this step outside"
         return [Refusal("data-dependent-shape", f"how much {shown} {where} gives depends on the data", fix, _IMPORTER)]
+    if not domain and op.op in _SORTS:
+        what = f"{shown} {where} calls a function of TVM's that its runtime library for devices does not have"
+        return [Refusal("runtime", what, "end the model before it, and do this step outside", "libtvm_runtime.so")]
     if not mapped:
         return [Refusal("op", f"{shown} {where} is not imported", "replace it, or choose another compiler", _IMPORTER)]
     return []

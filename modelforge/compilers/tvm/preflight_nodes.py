@@ -1,4 +1,5 @@
-"""What TVM's importer makes wrong of single nodes, silently: outputs that it only pretends to give, and training.
+"""What TVM's importer makes wrong of single nodes, silently: outputs that it only pretends to give, training, and
+attributes (:mod:`.preflight_attributes`).
 
 Its converters give constants in the place of optional outputs, or fewer outputs than the node has. Those that nothing
 reads are left out before the import; a node of which one is read is refused.
@@ -14,6 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 from modelforge.compilers.protocol import Refusal
+from modelforge.compilers.tvm import preflight_attributes
 
 _IMPORTER: Final = "the ONNX importer of TVM 0.27 (relax/frontend/onnx/onnx_frontend.py)"
 _GIVEN: Final = {
@@ -46,7 +48,7 @@ def found_in(model: Any) -> list[Refusal]:
             fix = "export the model for inference (training_mode 0)"
             what = f"{node.op_type} (node {_name(node)}) is in training mode, and the importer takes it for inference"
             found.append(Refusal("training", what, fix, _IMPORTER))
-    return found
+    return [*found, *preflight_attributes.found_in(model)]
 
 
 def without_unread_outputs(model: Any) -> None:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from modelforge.compilers.protocol import CompileJob, Refusal, Tuned
-from modelforge.compilers.tvm import database, devices
+from modelforge.compilers.tvm import archive, database, devices
 from modelforge.compilers.tvm.database import Database
-from modelforge.errors import InputError
+from modelforge.compilers.tvm.journal import Journal
+from modelforge.errors import BuildError, InputError
 from modelforge.options import Options
 from modelforge.store import StepRecord, Store, canonical_json
 from modelforge.target import CpuArchitecture, Target
 from modelforge.toolchains import host, worker
 
-_STEP: Final = "tuning"
 _SEARCH: Final = 1
 """Raised whenever the search itself would find something else."""
+_MOST_CRASHES: Final = 10
+"""Each costs a new process, and a minute where the candidate hangs."""
 
 
 def refusals(target: Target, options: Options) -> list[Refusal]:
@@ -83,7 +86,7 @@ def tune(job: CompileJob, request: Mapping[str, Any], rules: str, store: Store) 
         found = _measure(job, request, rules, trials, imported)
         tuned = _tuned(found, job.workdir, "")
         files = {database.FILE: store.add(tuned.database)}
-        store.write(StepRecord(key, _STEP, round(time.monotonic() - begun, 3), {"device": found.device}, files))
+        store.write(StepRecord(key, archive.STEP, round(time.monotonic() - begun, 3), {"device": found.device}, files))
     return tuned
 
 
@@ -97,20 +100,40 @@ def _measure(
     if job.options.get("device"):
         found = devices.get(name)
         where |= {"host": found.host, "port": found.port, "key": found.key}
-    answer = _call(
-        "tune",
-        {
-            **request,
-            "trials": trials,
-            "device": where,
-            "isa": arch.isa,
-            "choices": imported.choices if imported else {},
-        },
-        job,
-        f"tuning for {job.target.tag} on {name}",
-        {"TVM_NUM_THREADS": str(min(arch.cores, host.this_host().cores))},
-    )
+    asked = {
+        **request,
+        "trials": trials,
+        "device": where,
+        "isa": arch.isa,
+        "choices": imported.choices if imported else {},
+        "journal": str(job.workdir / "trials.jsonl"),
+    }
+    threads = {"TVM_NUM_THREADS": str(min(arch.cores, host.this_host().cores))}
+    answer = _until_none_crashes(asked, job, f"tuning for {job.target.tag} on {name}", threads)
     return Database(rules=rules, machine=request["machine"], device=name, trials=trials, **answer)
+
+
+def _until_none_crashes(asked: Mapping[str, Any], job: CompileJob, what: str, env: Mapping[str, str]) -> dict[str, Any]:
+    """Search in a child process; where a candidate ended it, in another one that leaves that candidate out.
+
+    Raises:
+        BuildError: what ended it was no candidate, or there were too many such, or the time is over.
+    """
+    journal = Journal(Path(asked["journal"]))
+    end = time.monotonic() + job.timeout
+    for crashes in range(_MOST_CRASHES + 1):
+        left = replace(job, workdir=job.workdir / f"search-{crashes}", timeout=end - time.monotonic())
+        try:
+            return _call("tune", asked, left, what, env)
+        except BuildError as error:
+            candidate = journal.unfinished()
+            if candidate is None or time.monotonic() >= end:
+                raise
+            journal.close_as_crashed(candidate, f"{candidate.label} for {candidate.key}: {error.what}")
+            last = error
+    raise BuildError(
+        f"{what}: {_MOST_CRASHES + 1} candidates crashed, the search was given up; the last: {last.what}", fix=last.fix
+    )
 
 
 def _call(

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import exp, log
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ import numpy as np
 from modelforge.compilers.tvm import alone, choices, lowering, measuring, pipeline, scheduling
 from modelforge.compilers.tvm.api import host_triple, parameters_of, same_structure, target
 from modelforge.compilers.tvm.choices import Session, Site
+from modelforge.compilers.tvm.journal import Journal, Trial
 from modelforge.compilers.tvm.kernels import GENERAL
 from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.measuring import Array, Bench, DeviceFault, Loaded
@@ -36,6 +37,9 @@ _MODEL_GAIN: Final = 0.99
 _MODEL_ROUNDS: Final = 21
 _LONGER: Final = 5
 """The gain of a whole model is small, and what decides: it is worth longer rounds."""
+_COMPILE_SECONDS: Final = 120.0
+"""What building one kernel may take: they take a fraction of a second."""
+_SAME: Final = "same"
 _WORDS: Final = frozenset(rule.name for rule in GENERAL) | {"none"}
 
 
@@ -54,8 +58,9 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     """Search, and judge.
 
     Beside what :func:`.worker.compile_model` wants, the request holds ``trials`` (candidates built, over all kernels),
-    ``device`` (``name``, and ``host``, ``port``, ``key`` where it is not this machine), ``isa`` and ``choices`` (label
-    by key, of an imported database: what it decides is not searched again).
+    ``device`` (``name``, and ``host``, ``port``, ``key`` where it is not this machine), ``isa``, ``choices`` (label by
+    key, of an imported database: what it decides is not searched again) and ``journal`` (path of a :class:`.Journal`:
+    where a candidate ended the process before this one, the search goes on behind it).
 
     The answer holds what a database is made of: ``choices``, ``kept``, ``reason``, ``kernels``, ``measured`` and
     ``model``.
@@ -68,7 +73,8 @@ def tune(request: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=request["folder"]) as folder:
         bench = _bench(request, Path(folder))
         known = dict(request["choices"])
-        search = _Search(machine, bench, known, remote="host" in request["device"])
+        journal = Journal(Path(request["journal"]))
+        search = _Search(machine, bench, known, journal, remote="host" in request["device"])
         with choices.session(known, listing=True) as said:
             lowering.lower(module, machine)
         if request["trials"]:
@@ -102,16 +108,24 @@ class Counts:
         measured: built, run and timed.
         refused: no such kernel can be scheduled or built.
         wrong: gave other outputs than the untuned kernel.
+        crashed: ended the process that built or ran it, or the session on the device.
     """
 
     measured: int = 0
     refused: int = 0
     wrong: int = 0
+    crashed: int = 0
     first_refusal: str = ""
 
     @property
     def tried(self) -> int:
-        return self.measured + self.refused + self.wrong
+        return self.measured + self.refused + self.wrong + self.crashed
+
+    def add(self, trial: Trial) -> None:
+        """Count one; one that is the same code as another is none."""
+        if trial.outcome != _SAME:
+            setattr(self, trial.outcome, getattr(self, trial.outcome) + 1)
+            self.first_refusal = self.first_refusal or trial.said
 
 
 @dataclass
@@ -127,7 +141,8 @@ class _Kernel:
     untuned: float
     seconds: float
     asked: Mapping[str, tuple[str, ...]]
-    hashes: set[int]
+    hashes: set[str]
+    done: set[tuple[str, str]] = field(default_factory=set)
     taken: dict[str, str] = field(default_factory=dict)
     candidates: int = 0
 
@@ -136,17 +151,21 @@ class _Kernel:
         """What a trial of it is worth: its time in the model, less with each that it has had (D'Hondt's method)."""
         return self.count * self.seconds / (self.candidates + 1)
 
-    def propose(self) -> Iterator[dict[str, str]]:
+    def propose(self) -> Iterator[tuple[str, str]]:
         """Other answers to one question at a time, those that the rules think best first, for the best so far."""
-        done: set[tuple[str, str]] = set()
         rank = 1
         while rank < max(len(labels) for labels in self.asked.values()):
             for key in list(self.asked):
                 labels = self.asked.get(key, ())  # another rule may have the operator by now, and ask other things
-                if rank < len(labels) and (key, labels[rank]) not in done:
-                    done.add((key, labels[rank]))
-                    yield {**self.taken, key: labels[rank]}
+                if rank < len(labels) and (key, labels[rank]) not in self.done:
+                    yield key, labels[rank]
             rank += 1
+
+    def note(self, trial: Trial) -> None:
+        """Remember what became of a candidate."""
+        self.done.add((trial.key, trial.label))
+        self.hashes.add(trial.identity)
+        self.candidates += trial.outcome != _SAME
 
     def report(self) -> dict[str, Any]:
         micro = {"untuned_us": round(self.untuned * 1e6, 2), "tuned_us": round(self.seconds * 1e6, 2)}
@@ -156,10 +175,13 @@ class _Kernel:
 class _Search:
     """Spends trials on kernels, in order of what they may give."""
 
-    def __init__(self, machine: Machine, bench: Bench, known: Mapping[str, str], *, remote: bool) -> None:
+    def __init__(
+        self, machine: Machine, bench: Bench, known: Mapping[str, str], journal: Journal, *, remote: bool
+    ) -> None:
         self._machine = machine
         self._bench = bench
         self._known = known
+        self._journal = journal
         self._remote = remote
         self.counts = Counts()
         self.kernels: list[_Kernel] = []
@@ -179,6 +201,7 @@ class _Search:
         if not open_sites and not self._known:
             raise BuildError("no kernel of this model has anything to choose: there is nothing to tune")
         self.kernels = [self._begin(site, count[name]) for name, site in open_sites.items()]
+        self._resume()
         waiting = {id(kernel): kernel.propose() for kernel in self.kernels}
         while waiting and self.counts.tried < trials:
             kernel = max((each for each in self.kernels if id(each) in waiting), key=lambda each: each.share)
@@ -186,7 +209,7 @@ class _Search:
             if proposal is None:
                 del waiting[id(kernel)]
             else:
-                self._try(kernel, proposal)
+                self._try(kernel, *proposal)
         for kernel in self.kernels:
             self._confirm(kernel)
         if self.kernels and not self.counts.measured:
@@ -214,33 +237,53 @@ class _Search:
                 fix="is it the CPU that the target says? is its memory sound? Nothing that it says is used",
             )
         seconds = median(best.seconds(best.calls) for _ in range(_BRIEF))
-        known = {same_structure(module)}
+        known = {str(same_structure(module))}
         return _Kernel(site, count, inputs, expected, best, best, seconds, seconds, said.asked, known)
 
-    def _try(self, kernel: _Kernel, proposal: dict[str, str]) -> None:
+    def _resume(self) -> None:
+        """Go on behind the candidate at which the process before this one ended."""
+        kernels = {kernel.site.geometry: kernel for kernel in self.kernels}
+        for trial in self._journal.trials:
+            self.counts.add(trial)
+            kernels[trial.geometry].note(trial)
+            kernels[trial.geometry].taken = dict(trial.taken) or kernels[trial.geometry].taken
+        for kernel in (kernel for kernel in self.kernels if kernel.taken):
+            module, said = self._lowered(kernel.site, kernel.taken)
+            kernel.best = self._bench.load(_compiled(module, self._machine), kernel.inputs)
+            kernel.seconds, _, _ = measuring.faster(kernel.best, kernel.first, _BRIEF)
+            kernel.asked = said.asked
+
+    def _try(self, kernel: _Kernel, key: str, label: str) -> None:
+        begun = Trial(kernel.site.geometry, key, label)
+        self._journal.write(begun)
+        ended = self._tried(kernel, begun)
+        self._journal.write(ended)
+        self.counts.add(ended)
+        kernel.note(ended)
+
+    def _tried(self, kernel: _Kernel, trial: Trial) -> Trial:
+        """What became of one candidate; where it is the best so far, the kernel has it."""
+        proposal = {**kernel.taken, trial.key: trial.label}
         try:
-            module, said = self._lowered(kernel.site, proposal)
-            if (identity := same_structure(module)) in kernel.hashes:
-                return
-            kernel.hashes.add(identity)
-            kernel.candidates += 1
-            executable = _compiled(module, self._machine)
+            with measuring.deadline(_COMPILE_SECONDS):
+                module, said = self._lowered(kernel.site, proposal)
+                trial = replace(trial, identity=str(same_structure(module)))
+                if trial.identity in kernel.hashes:
+                    return replace(trial, outcome=_SAME)
+                executable = _compiled(module, self._machine)
         except Exception as error:  # whatever a pass or LLVM refuses: this candidate is none
-            self._refuse(kernel, error)
-            return
+            traceback.print_exc()
+            return replace(trial, outcome="refused", said=measuring.first_line(error))
         loaded = self._bench.load(executable, kernel.inputs)
         if not measuring.same(loaded.run(), kernel.expected):
-            self.counts.wrong += 1
-            self.counts.first_refusal = self.counts.first_refusal or "its outputs differ from the untuned kernel's"
-            return
-        self.counts.measured += 1
-        seconds, _, ratio = measuring.faster(loaded, kernel.best, _BRIEF)
-        if ratio >= _GAIN:
-            return
-        seconds, _, ratio = measuring.faster(loaded, kernel.best, _SURE)
-        if ratio >= _GAIN:
-            return
+            return replace(trial, outcome="wrong", said="its outputs differ from the untuned kernel's")
+        trial = replace(trial, outcome="measured")
+        for rounds in (_BRIEF, _SURE):
+            seconds, _, ratio = measuring.faster(loaded, kernel.best, rounds)
+            if ratio >= _GAIN:
+                return trial
         kernel.best, kernel.seconds, kernel.taken, kernel.asked = loaded, seconds, proposal, said.asked
+        return replace(trial, taken=proposal)
 
     @staticmethod
     def _confirm(kernel: _Kernel) -> None:
@@ -250,12 +293,6 @@ class _Search:
         kernel.seconds, kernel.untuned, ratio = measuring.faster(kernel.best, kernel.first, _SURE)
         if ratio >= _GAIN:
             kernel.taken, kernel.seconds = {}, kernel.untuned
-
-    def _refuse(self, kernel: _Kernel, error: Exception) -> None:
-        traceback.print_exc()
-        kernel.candidates += 1
-        self.counts.refused += 1
-        self.counts.first_refusal = self.counts.first_refusal or measuring.first_line(error)
 
     def _lowered(self, site: Site, taken: Mapping[str, str]) -> tuple[Any, Site]:
         """The operator's scheduled kernels with these answers, and what was asked on the way.

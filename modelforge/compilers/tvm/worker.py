@@ -81,7 +81,13 @@ def _import(models: Mapping[str, Path]) -> Any:
 def _signature(module: Any, models: Mapping[str, Path], request: Mapping[str, Any], batches: list[int]) -> Signature:
     symbol = request["symbol"]
     inputs, outputs = frontend.tensors(next(iter(models.values())))
-    found = [frontend.output_shapes(module, function) for function in models]
+    names = [name for name, _ in outputs]
+    found = [frontend.output_shapes(module, function, names) for function in models]
+    for name, shape in ((name, shape) for shapes in found for name, shape in zip(names, shapes, strict=True)):
+        if 0 in shape:
+            raise UnsupportedError(
+                f"an output holds no number: its shape is {list(shape)}", where=f"output {name}", fix="leave it out"
+            )
     described = []
     for position, (name, dtype) in enumerate(outputs):
         shapes = [shapes[position] for shapes in found]

@@ -117,7 +117,16 @@ def test_few_groups_are_one_with_zeros_where_dot_products_pay_for_them(machine: 
     assert steps_apart(run(executable, x), reference(model, x), 0.05) <= 1
 
 
-@pytest.mark.parametrize("tag", ["cortex-a76", "cortex-a72", "cortex-a53"])
+@pytest.mark.parametrize(
+    "tag",
+    # The last two are built and emulated for code that the others have too.
+    [
+        "cortex-a76",
+        "cortex-a72",
+        "cortex-a53",
+        *(pytest.param(tag, marks=pytest.mark.slow) for tag in ("neoverse-n1", "armv8")),
+    ],
+)
 def test_arm_code_agrees_under_qemu(tag: str, build: Build, tmp_path: Path) -> None:
     """SDOT on the first, SMLAL on the others, which have no dot products."""
     needs_qemu()
@@ -130,4 +139,4 @@ def test_arm_code_agrees_under_qemu(tag: str, build: Build, tmp_path: Path) -> N
     found = {
         kernel["note"].split()[0] for kernel in built.compiled.report["kernels"] if kernel["rule"] == "matmul-int8"
     }
-    assert found == {"sdot" if tag == "cortex-a76" else "smlal"}
+    assert found == {"sdot" if tag in ("cortex-a76", "neoverse-n1") else "smlal"}

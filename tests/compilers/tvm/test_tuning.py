@@ -21,17 +21,19 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from modelforge.compilers.protocol import CompileJob
-from modelforge.compilers.tvm import TvmCompiler, _machine, database, devices, runtime, tuning
+from modelforge.compilers.tvm import TvmCompiler, _machine, archive, database, devices, runtime, tuner, tuning
 from modelforge.compilers.tvm.devices import Device
+from modelforge.compilers.tvm.journal import Journal
 from modelforge.compilers.tvm.measuring import DeviceFault
 from modelforge.errors import BuildError, InputError
 from modelforge.store import Store, digest_file
 from modelforge.target import CpuArchitecture
-from modelforge.toolchains import qemu
+from modelforge.toolchains import qemu, worker
 from tests.compilers.tvm.models import Built, cortex_a76, make_model, needs_qemu, this_machine, value
 from tests.compilers.tvm.rpc_double import WEIGHT
 
 DOUBLE = Path(__file__).parent / "rpc_double.py"
+TUNING_DOUBLE = Path(__file__).parent / "tuning_double.py"
 SHAPE = (1, 16, 12, 12)
 
 
@@ -70,10 +72,12 @@ def ask(model: Path, tmp_path: Path) -> Ask:
     count = itertools.count()
 
     def make(trials: int = 3, port: int | None = None, **more: Any) -> dict[str, Any]:
+        folder = tmp_path / f"tvm-{next(count)}"
         where = {"name": "here"} if port is None else {"name": "bench", "host": "127.0.0.1", "port": port, "key": "k"}
         return {
             "model": str(model),
-            "folder": str(tmp_path / f"tvm-{next(count)}"),
+            "folder": str(folder),
+            "journal": f"{folder}-trials.jsonl",
             "inputs": {"x": list(SHAPE)},
             "symbol": None,
             "batches": [1],
@@ -299,6 +303,81 @@ def test_candidates_with_other_outputs_are_none(ask: Ask) -> None:
         tuning.tune(ask(3, port))
 
 
+@pytest.fixture
+def crashing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, int], Path]:
+    """Let the child processes of a tuning be doubles that crash at some candidates; gives a file that names these."""
+
+    def set_up(how: str, times: int) -> Path:
+        marker = tmp_path / "crashed.jsonl"
+
+        def call(function: str, request: dict[str, Any], **rest: Any) -> dict[str, Any]:
+            argv = [sys.executable, str(TUNING_DOUBLE), how, str(times), str(marker), function]
+            return worker.exchange(argv, request, **rest)
+
+        monkeypatch.setattr(worker, "call", call)
+        monkeypatch.setenv("MODELFORGE_HOME", str(tmp_path / "home"))  # nothing was measured before
+        return marker
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("segfault", "was killed by SIGSEGV"),
+        ("abort", "was killed by SIGABRT"),
+        ("hang", "ended with exit code 1 and gave no answer"),
+    ],
+)
+def test_a_candidate_that_crashes_costs_only_itself(
+    model: Path, tmp_path: Path, crashing: Callable[[str, int], Path], how: str, said: str
+) -> None:
+    """It is not tried again, what was measured before it is not measured again, and the others have their turn."""
+    marker = crashing(how, 1)
+    found = database.read(TvmCompiler().tune(_job(model, tmp_path / "job", trials=4)).database)
+    assert len(marker.read_text(encoding="utf-8").splitlines()) == 1
+    counts = found.measured
+    assert counts.crashed == 1
+    assert counts.measured + counts.refused + counts.wrong == 3
+    assert said in counts.first_refusal
+    assert "(1 crashed)" in found.sentence()
+    trials = Journal(tmp_path / "job" / "trials.jsonl").trials
+    assert [trial.outcome for trial in trials].count("crashed") == 1
+    assert len({(trial.geometry, trial.key, trial.label) for trial in trials}) == len(trials)
+    assert {each.name for each in (tmp_path / "job").glob("search-*")} == {"search-0", "search-1"}
+
+
+def test_candidates_that_all_crash_end_the_tuning(
+    model: Path, tmp_path: Path, crashing: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "_MOST_CRASHES", 1)
+    crashing("segfault", 99)
+    with pytest.raises(BuildError, match=r"2 candidates crashed, the search was given up; .*SIGSEGV"):
+        TvmCompiler().tune(_job(model, tmp_path / "job", trials=9))
+
+
+def test_a_crash_that_is_no_candidates_is_an_error(
+    model: Path, tmp_path: Path, crashing: Callable[[str, int], Path]
+) -> None:
+    """The untuned kernel crashes: nothing is tried in its place."""
+    crashing("baseline", 1)
+    with pytest.raises(BuildError, match="was killed by SIGSEGV"):
+        TvmCompiler().tune(_job(model, tmp_path / "job", trials=9))
+    assert not (tmp_path / "job" / "search-1").exists()
+
+
+def test_a_device_that_dies_at_every_candidate_ends_the_tuning(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both kernels the untuned one is measured, in each session anew; then the session dies."""
+    monkeypatch.setenv("MODELFORGE_HOME", str(tmp_path / "home"))
+    with _double("dies", 3) as port:
+        devices.add(Device("dying", "127.0.0.1", port, "k"))
+        with pytest.raises(BuildError, match="dying") as caught:
+            TvmCompiler().tune(_job(model, tmp_path / "job", trials=2, device="dying"))
+    assert "on dying" in str(caught.value)
+
+
 def _job(model: Path, folder: Path, **options: Any) -> CompileJob:
     folder.mkdir()
     return CompileJob(model, this_machine(), "fp32", {"x": SHAPE}, {}, folder, 300.0, options)
@@ -313,7 +392,8 @@ def test_a_database_is_found_again_for_other_weights(model: Path, tmp_path: Path
     second = TvmCompiler().tune(_job(tmp_path / "trained.onnx", tmp_path / "second", trials=2))
     assert digest_file(second.database) == digest_file(first.database)
     assert second.facts["sentence"].endswith("measured before")
-    assert not (tmp_path / "second" / "tune").exists()
+    assert (tmp_path / "first" / "search-0").exists()
+    assert not (tmp_path / "second" / "search-0").exists()
     found = database.read(first.database)
     assert found.measured.measured > 0
     assert Store().has(digest_file(first.database))
@@ -322,6 +402,19 @@ def test_a_database_is_found_again_for_other_weights(model: Path, tmp_path: Path
     assert set(json.loads(text)) == {
         "schema", "rules", "machine", "device", "trials", "choices", "kept", "reason", "kernels", "measured", "model",
     }  # fmt: skip
+
+
+def test_a_tuning_that_was_imported_is_found(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on one machine, exported, imported on another: a build there measures nothing."""
+    stores = [Store(tmp_path / name) for name in ("here", "there")]
+    monkeypatch.setenv("MODELFORGE_HOME", str(stores[0].home))
+    first = TvmCompiler().tune(_job(model, tmp_path / "first", trials=2))
+    archive.export(stores[0], (), tmp_path / "tunings.json")
+    monkeypatch.setenv("MODELFORGE_HOME", str(stores[1].home))
+    archive.take_in(stores[1], tmp_path / "tunings.json")
+    second = TvmCompiler().tune(_job(model, tmp_path / "second", trials=2))
+    assert second.facts["sentence"].endswith("measured before")
+    assert second.database.read_bytes() == first.database.read_bytes()
 
 
 def test_an_imported_database_is_compiled_and_travels_with_the_variant(model: Path, tmp_path: Path) -> None:
