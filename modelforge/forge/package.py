@@ -10,8 +10,9 @@ from modelforge import __version__
 from modelforge.bundle.layout import BundleContent, BundleFile, VariantContent
 from modelforge.bundle.record import VariantRecord
 from modelforge.forge.delegation import planned_delegation, together
+from modelforge.forge.ladder import RungResult, VariantResult, chain_figures
 from modelforge.forge.partition import CPU_COMPILER
-from modelforge.forge.run import Built, RungResult, VariantResult
+from modelforge.forge.run import Built
 from modelforge.forge.split_stages import Split
 from modelforge.graph.facts import TensorFacts
 from modelforge.recipe import Recipe
@@ -310,9 +311,8 @@ def chain_facts(built: Built, split: Split) -> list[dict[str, Any]]:
             row["reason"] = chain.error.what if chain.error else "a variant of it is missing"
         else:
             facts = chain.record.facts
-            kept = ("metric", "reference", "value", "drop", "sqnr_db", "identical", "cosine", "agreement", "samples",
-                    "max_drop", "gate")  # fmt: skip
-            row["accuracy"] = {name: facts["accuracy"][name] for name in kept if name in facts["accuracy"]}
+            row["accuracy"] = chain_figures(facts["accuracy"])
+            row |= {"lowered": chain_figures(facts["lowered"])} if "lowered" in facts else {}
             for stage in row["stages"]:
                 stage["evidence"] = facts["evidence"][stage["stage"]]
         found.append(row)
