@@ -12,6 +12,7 @@ from modelforge.bundle.record import VariantRecord
 from modelforge.forge.delegation import planned_delegation, together
 from modelforge.forge.ladder import RungResult, VariantResult, chain_figures
 from modelforge.forge.partition import CPU_COMPILER
+from modelforge.forge.plan import VariantPlan
 from modelforge.forge.run import Built
 from modelforge.forge.split_stages import Split
 from modelforge.graph.facts import TensorFacts
@@ -237,12 +238,12 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
         "inputs": [_tensor(tensor.name, tensor.dtype, intake.inputs[tensor.name]) for tensor in facts.inputs],
         "outputs": [_tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in _outputs(built)],
         "targets": {
-            target.tag: {
-                "title": target.title,
-                "tier": target.tier,
-                "arch": target.arch.model_dump(mode="json", exclude_none=True),
+            _profile_name(variant): {
+                "title": variant.target.title,
+                "tier": variant.target.tier,
+                "arch": variant.target.arch.model_dump(mode="json", exclude_none=True),
             }
-            for target in (variant.target for variant in built.plan.variants)
+            for variant in built.plan.variants
         },
         "profiles": _profiles(built),
         **({"placement": dict(built.placement.facts)} if built.placement else {}),
@@ -252,6 +253,12 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
         "serving": recipe.serving.model_dump(mode="json"),
         "accuracy": {} if recipe.accuracy is None else recipe.accuracy.model_dump(mode="json", exclude={"data"}),
     }
+
+
+def _profile_name(variant: VariantPlan) -> str:
+    """The tag; with the stage where that is for the CPU beside the tag's NPU, and so has another profile."""
+    tag = variant.target.tag
+    return tag if variant.target.path.stem == tag else f"{tag}/{variant.stage}"
 
 
 def _profiles(built: Built) -> dict[str, str]:

@@ -244,7 +244,7 @@ def transport(request: Request) -> dict[str, Any]:
 
 def estimate(request: Request) -> dict[str, Any]:
     """Milliseconds by batch size, by a roofline over the layers; see :mod:`modelforge.graph.roofline`."""
-    from modelforge.forge.efficiency import machine_for
+    from modelforge.forge.efficiency import counted_as, machine_for
     from modelforge.forge.placement import Load
     from modelforge.graph.split_graph import read_layers
     from modelforge.target import load_target
@@ -258,7 +258,7 @@ def estimate(request: Request) -> dict[str, Any]:
     load = Load(read_layers(Path(request["model"]), dict.fromkeys(symbols, 1), shapes))
     open_batch = bool(symbols)
     times = {
-        str(size): load.seconds(request["precision"], machine, size if open_batch else 1) * 1e3
+        str(size): load.seconds(counted_as(request["precision"]), machine, size if open_batch else 1) * 1e3
         for size in request["batches"]
     }
     return {"by_batch": {size: float(f"{taken:.4g}") for size, taken in times.items()}, "method": method}
