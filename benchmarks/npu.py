@@ -8,7 +8,8 @@ model in ONNX Runtime on the same samples: the peer, and what INT8 itself costs.
 cores, and its chain judged by its AP at IoU 0.5 against FP32's own detections: by the build's gate, then on N images of
 ``int8_accuracy.py``, which nothing before has seen.
 ResNet-50 is ONNX's light model with random weights, which no real data teaches anything: its figures are of mechanics.
-Takes half an hour on two cores, most of it in HTP's emulation (2 s an image); needs `modelforge toolchain install rockchip` and `qualcomm`.
+Takes half an hour on two cores, most of it in HTP's emulation (2 s an image); needs `modelforge toolchain install
+rockchip` and `qualcomm`.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ TARGETS = ("rk3588", "qualcomm-htp-v73")
 LADDER = ["int8", "mixed", "fp16"]
 CALIBRATION, EVALUATION = 32, 24
 HELD_OUT, GATE, EMULATED, ALLOWED = 160, 320, 160, 0.01
-"""Images of YOLOv8n: those of ``int8_accuracy.py``; those behind them, by which the build decides; how many of these are
-emulated at least; and what the gate lets the AP drop by. 160 images tell an AP to about 0.01: half of the 0.02 that is
-promised is left to that."""
+"""Images of YOLOv8n: those of ``int8_accuracy.py``; those behind them, by which the build decides; how many of these
+are emulated at least; and what the gate lets the AP drop by. 160 images tell an AP to about 0.01: half of the 0.02 that
+is promised is left to that."""
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
@@ -131,9 +132,7 @@ def write_recipe(case: Case, tag: str, folder: Path) -> Path:
         f'schema = 1\nname = "{case.name}"\nversion = "1.0.0"\n[model]\npath = "model.onnx"\n'
         f'[inputs."{case.input}"]\nshape = {shape}\n[calibration]\ndata = "calibration.npz"\n'
         f'[accuracy]\ndata = "evaluation.npz"\n{metric}\n'
-        f'[[target]]\ntag = "{tag}"\nprecision = {json.dumps(LADDER)}\n'
-        + 'partition = "npu"\n'
-        * case.partition
+        f'[[target]]\ntag = "{tag}"\nprecision = {json.dumps(LADDER)}\n' + 'partition = "npu"\n' * case.partition
     )
     return folder
 

@@ -226,7 +226,7 @@ def _chains(split: Split, variants: Sequence[VariantReport], limits: Limits) -> 
     timed = any(_chain_time(chain, known)[0] is not None for chain in shown)
     rows = [row for chain in shown for row in _chain_rows(chain, known, timed=timed)]
     metrics = dict.fromkeys(chain.accuracy.metric for chain in shown if chain.accuracy and chain.accuracy.metric)
-    columns = ["chain", "gate"] + ["stages, one sample"] * timed
+    columns = ["chain", "gate"] + ["one sample"] * timed
     columns += "FP32 value change allowed SQNR cosine agreement samples".split()
     said = "The time is that of the stages alone, one after the other, without links."
     return headed(
