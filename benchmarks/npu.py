@@ -5,10 +5,11 @@
 PP-OCR cls, PP-OCR det, ResNet-50 and YOLOv8n for rk3588 and qualcomm-htp-v73 with the ladder int8, mixed, fp16, in
 Rockchip's PC simulator and QNN's HTP emulation. ``SQNR`` is the artifact's against FP32, ``ORT`` that of its lowered
 model in ONNX Runtime on the same samples: the peer, and what INT8 itself costs. YOLOv8n is shared between NPU and ARM
-cores; its chain runs over N images of ``int8_accuracy.py`` for its AP at IoU 0.5 against FP32's own detections. Its
-ladder begins with mixed: whole INT8 is at 0.977 on all 160 images.
+cores, and its chain judged by its AP at IoU 0.5 against FP32's own detections: by the build's gate, then on N images of
+``int8_accuracy.py``, which nothing before has seen.
 ResNet-50 is ONNX's light model with random weights, which no real data teaches anything: its figures are of mechanics.
-Takes about ten minutes on two cores; needs `modelforge toolchain install rockchip` and `qualcomm`.
+Takes half an hour on two cores, most of it in HTP's emulation (2 s an image); needs `modelforge toolchain install
+rockchip` and `qualcomm`.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("rk3588", "qualcomm-htp-v73")
 LADDER = ["int8", "mixed", "fp16"]
 CALIBRATION, EVALUATION = 32, 24
-SQNR_FLOOR = 18
-"""Of YOLOv8n's boxes and scores as they leave the NPU: a detection near its threshold needs more than 9 dB."""
+HELD_OUT, GATE, EMULATED, ALLOWED = 160, 320, 160, 0.01
+"""Images of YOLOv8n: those of ``int8_accuracy.py``; those behind them, by which the build decides; how many of these
+are emulated at least; and what the gate lets the AP drop by. 160 images tell an AP to about 0.01: half of the 0.02 that
+is promised is left to that."""
+AT_ONCE = 40
+"""Images of one run: an emulator that is asked for more may be stopped by the time limit of a golden check."""
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
@@ -64,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="model", help=", ".join(cases))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--images", type=int, default=160)
+    parser.add_argument("--images", type=int, default=HELD_OUT)
     options = parser.parse_args()
     columns = ("model", "target", "precision", "gate", "evidence", "SQNR", "ORT", "bytes", "on NPU", "seconds")
     print("{:9}{:18}{:10}{:9}{:11}{:>7}{:>7}{:>12}{:>9}{:>9}  fell from".format(*columns))
@@ -100,10 +105,11 @@ def run(case: Case, tag: str, folder: Path, images: int) -> None:
         )
     if bundle is not None and case.partition:
         (chain,) = document["partitions"][tag]["chains"]
-        gated, value = chain["accuracy"], agreement(bundle, tag, images, folder)
+        gated, lowered, value = chain["accuracy"], chain.get("lowered"), agreement(bundle, tag, images, folder)
+        told = f"; its lowered models {lowered['value']:.4f} on {lowered['samples']}" if lowered else ""
         print(
-            f"{'':9}chain: gate {gated['gate']}, agreement {gated['value']:.4f} on {gated['samples']} images, "
-            f"{value:.4f} on {images}",
+            f"{'':9}chain: gate {gated['gate']}, agreement {gated['value']:.4f} on {gated['samples']} images{told}; "
+            f"{value:.4f} on {images} held out",
             flush=True,
         )
 
@@ -117,7 +123,7 @@ def write_recipe(case: Case, tag: str, folder: Path) -> Path:
     labels, metric = {}, 'metric = "sqnr"'
     if case.partition:
         labels = {"label": infer(model, case.input, samples[CALIBRATION:])}
-        metric = f'metric = "agreement:with_fp32"\nmax_drop = 0.02\nmin_sqnr_db = {SQNR_FLOOR}'
+        metric = f'metric = "agreement:with_fp32"\nmax_drop = {ALLOWED}\nemulated = {EMULATED}'
         source = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         source += "from int8_tasks import detection_agreement\n"
         source += "def with_fp32(outputs, labels):\n    return detection_agreement(outputs['output0'], labels)\n"
@@ -128,9 +134,7 @@ def write_recipe(case: Case, tag: str, folder: Path) -> Path:
         f'schema = 1\nname = "{case.name}"\nversion = "1.0.0"\n[model]\npath = "model.onnx"\n'
         f'[inputs."{case.input}"]\nshape = {shape}\n[calibration]\ndata = "calibration.npz"\n'
         f'[accuracy]\ndata = "evaluation.npz"\n{metric}\n'
-        f'[[target]]\ntag = "{tag}"\nprecision = {json.dumps(LADDER[case.partition :])}\n'
-        + 'partition = "npu"\n'
-        * case.partition
+        f'[[target]]\ntag = "{tag}"\nprecision = {json.dumps(LADDER)}\n' + 'partition = "npu"\n' * case.partition
     )
     return folder
 
@@ -156,14 +160,20 @@ def reference_sqnr(case: Case, bundle: Bundle, record: dict[str, Any], folder: P
 
 
 def agreement(bundle: Bundle, tag: str, count: int, folder: Path) -> float:
-    """Of the chain that ships with FP32, on images that calibration has not seen."""
+    """Of the chain that ships with FP32, on images that calibration and gate have not seen."""
     images = yolo_task(count).evaluation
+    parts = [images[start : start + AT_ONCE] for start in range(0, count, AT_ONCE)]
+    found = [run_chain(bundle, tag, part, folder / f"more-{place}") for place, part in enumerate(parts)]
+    return detection_agreement(np.concatenate(found), infer(packaged("nudenet/320n.onnx"), "images", images))
+
+
+def run_chain(bundle: Bundle, tag: str, images: Array, folder: Path) -> Array:
+    """Its detections, each stage run as its variant can run here."""
     tensors: dict[str, Array] = {"images": images}
-    stages = bundle.about["partitions"][tag]["stages"]
-    for stage in stages:
+    for stage in bundle.about["partitions"][tag]["stages"]:
         (variant,) = bundle.select(tag, stage["name"])[:1]
-        record, place = variant.record, folder / f"more-{stage['name']}"
-        place.mkdir()
+        record, place = variant.record, folder / stage["name"]
+        place.mkdir(parents=True)
         np.savez(place / "inputs.npz", **{each["name"]: tensors[each["name"]] for each in stage["inputs"]})
         files = export_files(bundle, variant, place / "files")
         assert record.artifact is not None
@@ -173,7 +183,7 @@ def agreement(bundle: Bundle, tag: str, count: int, folder: Path) -> float:
         run_artifact(compiler, target, record.artifact.file, files, place / "inputs.npz", outputs, place)
         with np.load(outputs) as archive:
             tensors |= dict(archive)
-    return detection_agreement(tensors["output0"], infer(packaged("nudenet/320n.onnx"), "images", images))
+    return tensors["output0"]
 
 
 def infer(model: Path, name: str, inputs: Array) -> Array:
@@ -219,6 +229,12 @@ def photographs(count: int = EVALUATION) -> Array:
     return np.concatenate([task.calibration, task.evaluation])
 
 
+def many_photographs() -> Array:
+    """Calibration, and behind what is held out the gate's."""
+    task = yolo_task(HELD_OUT + GATE)
+    return np.concatenate([task.calibration, task.evaluation[HELD_OUT:]])
+
+
 def crops() -> Array:
     """Of them, 224 x 224, normalised."""
     middle = photographs()[:, :, 48:272, 48:272]
@@ -233,7 +249,7 @@ CASES = (
     Case("cls", carried("rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx"), "x", lines),
     Case("det", carried("rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"), "x", pages),
     Case("resnet50", light("resnet50"), "gpu_0/data_0", crops),
-    Case("yolov8n", carried("nudenet/320n.onnx"), "images", lambda: photographs(160), partition=True),
+    Case("yolov8n", carried("nudenet/320n.onnx"), "images", many_photographs, partition=True),
 )
 
 

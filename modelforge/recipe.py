@@ -109,7 +109,10 @@ class CalibrationSection(_Strict):
 
 
 class AccuracySection(_Strict):
-    """``min_agreement`` and ``min_sqnr_db`` stand beside the metric; without them a default per precision holds."""
+    """``min_agreement`` and ``min_sqnr_db`` stand beside the metric; without them a default per precision holds.
+
+    ``emulated``: so many samples go through an emulator or simulator however slow it is, where the metric judges.
+    """
 
     data: str
     metric: str
@@ -117,6 +120,7 @@ class AccuracySection(_Strict):
     k: PositiveInt = 5
     output: str | None = None
     samples: PositiveInt | None = None
+    emulated: PositiveInt | None = None
     min_reference: Number | None = None
     min_agreement: Annotated[float, Strict(), Field(ge=0, le=1)] | None = None
     min_sqnr_db: Number | None = None

@@ -99,10 +99,13 @@ def needed(record: VariantRecord, profile: Profile | None = None) -> tuple[str, 
     return tuple(_words(key, wanted) for key, wanted in needs.items() if wanted not in ([], ""))
 
 
-def profile_of(about: Mapping[str, Any], tag: str, registry: Registry | None = None) -> Profile:
-    """The profile of a target: the bundle's own (``about.targets``), else that of this ModelForge."""
+def profile_of(about: Mapping[str, Any], tag: str, registry: Registry | None = None, *, stage: str = "main") -> Profile:
+    """The profile of a target: the bundle's own (``about.targets``), else that of this ModelForge.
+
+    A stage for the CPU beside an NPU has another than the tag.
+    """
     own = about.get("targets")
-    given = own.get(tag) if isinstance(own, dict) else None
+    given = own.get(f"{tag}/{stage}", own.get(tag)) if isinstance(own, dict) else None
     if isinstance(given, dict) and isinstance(given.get("arch"), dict):
         return Profile(tag, str(given.get("title", "")), str(given.get("tier", "")), given["arch"])
     try:
@@ -125,7 +128,7 @@ def check(about: Mapping[str, Any], variants: Iterable[Variant], device: DeviceF
     for variant in variants:
         record = variant.record
         name = record.target if record.stage == "main" else f"{record.target}/{record.stage}"
-        one = match(record, facts, profile_of(about, record.target, registry))
+        one = match(record, facts, profile_of(about, record.target, registry, stage=record.stage))
         # Of variants for several batch sizes, one that runs is enough.
         if name not in found or found[name].verdict == "cannot":
             found[name] = one

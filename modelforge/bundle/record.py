@@ -83,8 +83,26 @@ class Figures(_Part):
         return self
 
 
+class RungChain(Figures):
+    """A chain of variants that missed its gate with a rung, judged as the whole model; ``name`` is for people,
+    ``evidence`` the weakest of its variants'."""
+
+    name: str
+    evidence: Evidence
+    metric: str | None = None
+    reference: FiniteFloat | None = None
+    value: FiniteFloat | None = None
+    drop: FiniteFloat | None = None
+    samples: NonNegativeInt | None = None
+    max_drop: NonNegativeFloat | None = None
+    gate: Gate
+
+
 class Rung(Figures):
-    """One precision of the ladder, in the order tried, and what became of it. ``reason`` says why it was left."""
+    """One precision of the ladder, in the order tried, and what became of it. ``reason`` says why it was left.
+
+    ``chain``, where that was not its own gate: all other figures are the variant's own.
+    """
 
     precision: Precision
     gate: Gate
@@ -93,6 +111,7 @@ class Rung(Figures):
     drop: FiniteFloat | None = None
     samples: NonNegativeInt | None = None
     reason: str | None = None
+    chain: RungChain | None = None
 
 
 class OutputFigures(Figures):
@@ -291,8 +310,14 @@ def _accuracy(data: dict[str, Any]) -> dict[str, Any]:
 
 def _rung(data: dict[str, Any]) -> dict[str, Any]:
     head = {"precision": data["precision"], "gate": data["gate"]}
-    rest = _given({key: data[key] for key in data if key not in (*head, "identical")})
+    rest = _given({key: data[key] for key in data if key not in (*head, "identical", "chain")})
+    if data["chain"] is not None:
+        rest["chain"] = _rung_chain(data["chain"])
     return head | rest | _optional(data, ("identical",))
+
+
+def _rung_chain(data: dict[str, Any]) -> dict[str, Any]:
+    return _given({key: data[key] for key in data if key != "identical"}) | _optional(data, ("identical",))
 
 
 def _given(data: dict[str, Any]) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _stage(asked: _Asked, stage: str) -> StageChoice:
 
 def _candidate(asked: _Asked, variant: Variant) -> Candidate:
     record = variant.record
-    profile = profile_of(asked.bundle.about, record.target, asked.registry)
+    profile = profile_of(asked.bundle.about, record.target, asked.registry, stage=record.stage)
     curve = curve_of(record)
     sizes = sizes_of(record)
     refused = ""

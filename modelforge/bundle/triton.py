@@ -171,7 +171,9 @@ def _config(
                 lines += _tensor(kind, tensor, skip_first=is_batched)
     if is_batched and batching is not None and batching.max_batch > 1:
         lines += _dynamic_batching(batching)
-    kind = _KINDS.get(str((profile_of(bundle.about, record.target).arch or {}).get("kind")), "KIND_AUTO")
+    kind = _KINDS.get(
+        str((profile_of(bundle.about, record.target, stage=record.stage).arch or {}).get("kind")), "KIND_AUTO"
+    )
     lines += ["instance_group [", f"  {{ count: 1 kind: {kind} }}", "]", ""]
     return "\n".join(lines), notes
 

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from modelforge.forge.intake import require_build_extra
 
     require_build_extra()
+    from modelforge.forge.ladder import known_failures
     from modelforge.forge.plan import make_plan
     from modelforge.store import Store
 
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     certain = plan.certain()
     console.text(f"{plan.recipe.name} {plan.recipe.version}: {plan.intake.count} samples judge each variant\n")
     console.table(
-        ["target", "compiler", "precision", "evidence", "will be", "why"], [_row(variant) for variant in plan.variants]
+        ["target", "compiler", "precision", "evidence", "will be", "why"],
+        [_row(variant, left) for variant, left in zip(plan.variants, known_failures(plan, store), strict=True)],
     )
     console.text("")
     console.table(
@@ -61,8 +63,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     _tell_delegation(plan, store, console)
     for chain in plan.chains:
         members = [plan.variants[place] for place in chain.members]
-        told = " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)
-        console.text(f"\nthen the chain {told} is judged as the whole model")
+        able = " or ".join(each.stage for each in members if len(each.rungs) > 1)
+        falls = f"; where it misses the gate, {able} falls to its next rung" if able else ""
+        console.text(f"\nthen the chain {plan.title(chain)} is judged as the whole model{falls}")
     for variant in plan.variants:
         if variant.hint and variant.rungs[0].evidence == "reference":
             console.note(f"note: {variant.target.tag} will not be run here; {variant.hint}")
@@ -98,10 +101,11 @@ def _state(key: str, certain: frozenset[str], store: Store) -> str:
     return "to run" if key in certain else "if a rung above fails"
 
 
-def _row(variant: VariantPlan) -> list[str]:
+def _row(variant: VariantPlan, left: Mapping[str, Mapping[str, Any]]) -> list[str]:
     tried = [rung.precision for rung in variant.rungs]
     reasons = [variant.reason] if variant.reason else []
     reasons += [f"{entry['precision']}: {entry['reason']}" for entry in variant.refused]
+    reasons += [f"{precision} was left: {entry['reason']}" for precision, entry in left.items()]
     return [
         variant.target.tag,
         variant.compiler or "-",
@@ -119,8 +123,10 @@ def _chains(plan: Plan) -> list[list[dict[str, str]]]:
 
 def _document(plan: Plan, store: Store) -> dict[str, Any]:
     from modelforge.forge.delegation import known_delegation
+    from modelforge.forge.ladder import known_failures
 
     certain = plan.certain()
+    shown = ("gate", "reason", "chain")
     return {
         "name": plan.recipe.name,
         "version": plan.recipe.version,
@@ -135,14 +141,19 @@ def _document(plan: Plan, store: Store) -> dict[str, Any]:
                 "outcome": variant.outcome,
                 "reason": variant.reason,
                 "rungs": [
-                    {"precision": rung.precision, "evidence": rung.evidence, "steps": [step.key for step in rung.steps]}
+                    {
+                        "precision": rung.precision,
+                        "evidence": rung.evidence,
+                        "steps": [step.key for step in rung.steps],
+                        **{name: each for name, each in left.get(rung.precision, {}).items() if name in shown},
+                    }
                     for rung in variant.rungs
                 ],
                 "refused": [dict(entry) for entry in variant.refused],
                 "hint": variant.hint,
-                **({"delegation": told} if (told := known_delegation(plan, variant, store)) else {}),
+                **({"delegation": shared} if (shared := known_delegation(plan, variant, store)) else {}),
             }
-            for variant in plan.variants
+            for variant, left in zip(plan.variants, known_failures(plan, store), strict=True)
         ],
         **({} if plan.split is None else {"split": plan.split.facts()}),
         **({"partitions": {tag: split.facts() for tag, split in plan.partitions.items()}} if plan.partitions else {}),

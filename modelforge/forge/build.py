@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from modelforge.bundle.layout import write_bundle
 from modelforge.bundle.read import open_bundle
 from modelforge.errors import AccuracyError, BuildError, InputError, ModelForgeError, ToolchainMissing
 from modelforge.forge.efficiency import Measurement, record_measurement
+from modelforge.forge.ladder import VariantResult, missed
 from modelforge.forge.package import bundle_content, variant_record
 from modelforge.forge.plan import make_plan
-from modelforge.forge.run import Built, Reporter, VariantResult, run_plan
+from modelforge.forge.run import Built, Reporter, run_plan
 from modelforge.store import Store
 
 
@@ -62,7 +63,7 @@ def build(
     _check_output(output)
     built = run_plan(plan, store, reporter, jobs=jobs)
     seconds = {(result.plan.target.tag, result.plan.stage): result.seconds for result in built.variants}
-    notes = tuple(_hint(result) for result in built.variants if _hint(result))
+    notes = tuple(_hint(result) for result in built.variants if _hint(result)) + tuple(_descents(built.variants))
     error = _error(built.variants, allow_deferred, store) or _chain_error(built)
     if error is not None:
         records = [variant_record(result, built).to_json() for result in built.variants]
@@ -137,20 +138,31 @@ def _error(variants: Sequence[VariantResult], allow_deferred: bool, store: Store
 def _chain_error(built: Built) -> ModelForgeError | None:
     """Stages that each meet their gate do not make a chain that does."""
     for chain in built.chains:
-        members = [built.plan.variants[place] for place in chain.plan.members]
-        if chain.passed or not all(each.required for each in members):
+        members = [built.variants[place] for place in chain.plan.members]
+        if chain.passed or not all(each.plan.required for each in members):
             continue
-        where = "chain " + " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)
+        where = f"chain {built.plan.title(chain.plan)}"
         if chain.record is not None:
-            reasons = "; ".join(chain.record.facts["accuracy"]["reasons"])
+            rungs = ", ".join(f"{each.plan.stage} {each.chosen.plan.precision}" for each in members if each.chosen)
             return AccuracyError(
-                f"the stages one after the other do not meet the gate: {reasons}",
+                f"the stages one after the other do not meet the gate at any rung; {_left(members)}"
+                f"{rungs}: {missed(chain.record.facts)}",
                 where=where,
-                fix="put a higher precision first in a stage's ladder, or cross at fp32 (split.transport)",
+                fix="add a higher precision to a stage's ladder, or cross at fp32 (split.transport)",
             )
         if chain.error is not None:
             return type(chain.error)(chain.error.what, where=where, fix=chain.error.fix)
     return None
+
+
+def _left(members: Sequence[VariantResult]) -> str:
+    """The rungs that were left on the way down, with the reasons."""
+    return "".join(
+        f"{each.plan.stage} {entry['precision']}: {entry['reason']}; "
+        for each in members
+        for entry in each.ladder
+        if "reason" in entry
+    )
 
 
 def _worst_layers(result: VariantResult, store: Store) -> str:
@@ -168,6 +180,14 @@ def _hint(result: VariantResult) -> str:
     """How to raise the evidence, where the artifact itself was not run."""
     lower = result.chosen is not None and result.chosen.verify.facts["evidence"] == "reference"
     return f"{result.plan.target.tag} was not run here; {result.plan.hint}" if lower and result.plan.hint else ""
+
+
+def _descents(variants: Sequence[VariantResult]) -> Iterator[str]:
+    """The rungs that met their own gate, and that a chain did not meet its gate with."""
+    for result in variants:
+        for rung in result.tried:
+            if rung.left is not None:
+                yield f"{result.plan.stage}: {rung.plan.precision} was left, {rung.left.reason}"
 
 
 def _fault(error: ModelForgeError) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from modelforge.forge.stages import make_step
 from modelforge.forge.step import Source, Step
 from modelforge.graph.split_plan import INPUT
 
-_COARSEST = ("int8", "mixed", "fp16", "fp32")
+COARSEST = ("int8", "mixed", "fp16", "fp32")
+"""Precisions, the noisiest first."""
 
 
 def chain_step(plan: Plan, chain: ChainPlan, rungs: Sequence[RungPlan]) -> Step:
@@ -42,13 +43,13 @@ def chain_step(plan: Plan, chain: ChainPlan, rungs: Sequence[RungPlan]) -> Step:
         "stages": stages,
         "outputs": [[name, source] for name, source in split.plan.outputs],
         "batch": plan.intake.batch,
-        "samples": min(rung.verify.params["samples"] for rung in rungs),
+        "count": plan.intake.count,
+        "samples": max(min(rung.verify.params["samples"] for rung in rungs), plan.intake.emulated),
         # The outputs carry the coarsest stage's noise: its floors hold for the chain.
-        "precision": next(each for each in _COARSEST if each in precisions),
+        "precision": next(each for each in COARSEST if each in precisions),
         "metric": dict(plan.whole.metric),
     }
-    title = " -> ".join(f"{variant.stage} on {variant.target.tag}" for variant in variants)
-    return make_step("chain", f"run the chain {title}", params, needs)
+    return make_step("chain", f"run the chain {plan.title(chain)}", params, needs)
 
 
 def transport_step(plan: Plan, split: Split) -> Step | None:

@@ -106,12 +106,17 @@ class Measurement:
     measured: float
 
 
+def counted_as(precision: str) -> str:
+    """``mixed`` counts as ``int8``: what its float layers cost is not known before they are chosen."""
+    return "int8" if precision == "mixed" else precision
+
+
 def machine_for(target: Target, precision: str, compiler: str) -> Machine | None:
     """The rates of a target at a precision, losses included; None where its profile knows no peak for it.
 
-    ``mixed`` counts as ``int8``: what its float layers cost is not known before they are chosen.
+    At :func:`counted_as` its precision.
     """
-    precision = "int8" if precision == "mixed" else precision
+    precision = counted_as(precision)
     peak = getattr(target.peak, precision)
     if peak is None:
         return None

@@ -51,6 +51,11 @@ class Intake:
         return tuple(source for source in found if source is not None)
 
     @property
+    def emulated(self) -> int:
+        """How many samples must be judged in an emulator or simulator, however slow it is; 0 where nobody asked."""
+        return min(self.count, self.accuracy.emulated or 0)
+
+    @property
     def batch(self) -> int:
         """How many samples go through the model at once: the usual size of the first dimension, 1 where it is fixed."""
         firsts = [shape[0] for shape in self.inputs.values() if shape]

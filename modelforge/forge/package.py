@@ -10,8 +10,10 @@ from modelforge import __version__
 from modelforge.bundle.layout import BundleContent, BundleFile, VariantContent
 from modelforge.bundle.record import VariantRecord
 from modelforge.forge.delegation import planned_delegation, together
+from modelforge.forge.ladder import RungResult, VariantResult, chain_figures
 from modelforge.forge.partition import CPU_COMPILER
-from modelforge.forge.run import Built, RungResult, VariantResult
+from modelforge.forge.plan import VariantPlan
+from modelforge.forge.run import Built
 from modelforge.forge.split_stages import Split
 from modelforge.graph.facts import TensorFacts
 from modelforge.recipe import Recipe
@@ -236,12 +238,12 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
         "inputs": [_tensor(tensor.name, tensor.dtype, intake.inputs[tensor.name]) for tensor in facts.inputs],
         "outputs": [_tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in _outputs(built)],
         "targets": {
-            target.tag: {
-                "title": target.title,
-                "tier": target.tier,
-                "arch": target.arch.model_dump(mode="json", exclude_none=True),
+            _profile_name(variant): {
+                "title": variant.target.title,
+                "tier": variant.target.tier,
+                "arch": variant.target.arch.model_dump(mode="json", exclude_none=True),
             }
-            for target in (variant.target for variant in built.plan.variants)
+            for variant in built.plan.variants
         },
         "profiles": _profiles(built),
         **({"placement": dict(built.placement.facts)} if built.placement else {}),
@@ -251,6 +253,12 @@ def _about(recipe: Recipe, built: Built) -> dict[str, Any]:
         "serving": recipe.serving.model_dump(mode="json"),
         "accuracy": {} if recipe.accuracy is None else recipe.accuracy.model_dump(mode="json", exclude={"data"}),
     }
+
+
+def _profile_name(variant: VariantPlan) -> str:
+    """The tag; with the stage where that is for the CPU beside the tag's NPU, and so has another profile."""
+    tag = variant.target.tag
+    return tag if variant.target.path.stem == tag else f"{tag}/{variant.stage}"
 
 
 def _profiles(built: Built) -> dict[str, str]:
@@ -310,9 +318,8 @@ def chain_facts(built: Built, split: Split) -> list[dict[str, Any]]:
             row["reason"] = chain.error.what if chain.error else "a variant of it is missing"
         else:
             facts = chain.record.facts
-            kept = ("metric", "reference", "value", "drop", "sqnr_db", "identical", "cosine", "agreement", "samples",
-                    "max_drop", "gate")  # fmt: skip
-            row["accuracy"] = {name: facts["accuracy"][name] for name in kept if name in facts["accuracy"]}
+            row["accuracy"] = chain_figures(facts["accuracy"])
+            row |= {"lowered": chain_figures(facts["lowered"])} if "lowered" in facts else {}
             for stage in row["stages"]:
                 stage["evidence"] = facts["evidence"][stage["stage"]]
         found.append(row)

@@ -98,6 +98,11 @@ class Plan:
     def recipe(self) -> Recipe:
         return self.intake.recipe
 
+    def title(self, chain: ChainPlan) -> str:
+        """A chain's variants in order, for people."""
+        members = [self.variants[place] for place in chain.members]
+        return " -> ".join(f"{each.stage} on {each.target.tag}" for each in members)
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 

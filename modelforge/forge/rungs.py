@@ -267,22 +267,31 @@ class Rungs:
         if precision == "int8":
             needs |= calibration
         if precision == "mixed":
-            needs["search"] = make_step(
-                "search",
-                titled(f"search layers to keep ({dialect})"),
-                {**params, "batch": self.intake.batch, "metric": dict(self.stage.metric)},
-                {**needs, "samples": self.stage.samples, "reference": self.stage.reference, **self.stage.metric_needs},
-            )
+            needs["search"] = self._search(params, needs, titled(f"search layers to keep ({dialect})"))
         return make_step("lower", titled(f"lower to {precision} ({dialect})"), params, needs)
 
+    def _search(self, params: dict[str, Any], needs: dict[str, Step | Source], title: str) -> Step:
+        """Finds the layers that stay in float; of a stage, by what becomes of the model's outputs."""
+        stage, onward = self.stage, self.stage.onward
+        asked = {**params, "batch": self.intake.batch, "metric": dict(stage.metric)}
+        needs = {**needs, "samples": stage.samples, "reference": stage.reference, **stage.metric_needs}
+        if onward is not None:
+            asked["onward"] = {**onward.params(), "own": stage.name}
+            needs |= onward.needs()
+        return make_step("search", title, asked, needs)
+
     def _judged(self, evidence: str) -> int:
-        """How many samples are judged: all, or as many as an emulator can run in a minute or two."""
+        """How many samples are judged: all, or as many as an emulator can run in a minute or two.
+
+        The recipe may ask for more where its metric judges; a stage inside needs no more for its SQNR.
+        """
         count = self.intake.count
         if evidence not in ("emulator", "simulator"):
             return count
+        least = EMULATED_AT_LEAST if self.stage.onward else max(EMULATED_AT_LEAST, self.intake.emulated)
         flops = self._flops if self._part is None else self._part / self.intake.batch
         budget = SIMULATED_FLOPS if evidence == "simulator" else EMULATED_FLOPS
-        return count if flops is None else min(count, max(EMULATED_AT_LEAST, int(budget / max(flops, 1))))
+        return count if flops is None else min(count, max(least, int(budget / max(flops, 1))))
 
     @cached_property
     def _batches(self) -> tuple[int, ...]:

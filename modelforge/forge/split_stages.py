@@ -18,7 +18,7 @@ from modelforge.forge.intake import Intake, Shapes
 from modelforge.forge.partition import LEAST_SHARE, host_of, is_npu, npu_support
 from modelforge.forge.split_choices import candidates, tier_choices
 from modelforge.forge.splitting import Planned, SplitWish, plan_stages
-from modelforge.forge.stages import Stage, front_steps, make_step, metric_of
+from modelforge.forge.stages import Onward, Stage, front_steps, make_step, metric_of
 from modelforge.forge.step import Source, Step
 from modelforge.forge.tiers import TierSetup, TierWish, tier_problem
 from modelforge.graph.inspect import inspect_proto
@@ -141,7 +141,27 @@ def _assembled(intake: Intake, whole: Stage, planned: Planned, transport: str, p
     needs |= {"samples": intake.samples, "reference": whole.reference}
     outputs = {"outputs": [[name, source] for name, source in plan.outputs]}
     joined = make_step("joined", "hold the chain of stages against the whole model", outputs, needs)
-    return Split(plan, transport, tuple(maker.stages.values()), joined, planned, problem)
+    stages = tuple(
+        replace(stage, onward=_onward(intake, plan, whole, stage, maker.stages)) for stage in maker.stages.values()
+    )
+    return Split(plan, transport, stages, joined, planned, problem)
+
+
+def _onward(intake: Intake, plan: SplitPlan, whole: Stage, stage: Stage, stages: Mapping[str, Stage]) -> Onward | None:
+    """What follows a stage; None where it gives all of the model's outputs itself."""
+    if {source for _, source in plan.outputs} == {stage.name}:
+        return None
+    names = list(stages)
+    place = names.index(stage.name)
+    after = [
+        (each.name, stages[each.name].prepare, {tensor.name: tensor.source for tensor in each.inputs})
+        for each in plan.stages[place + 1 :]
+    ]
+    read = {source for _, _, tensors in after for source in tensors.values()} | {source for _, source in plan.outputs}
+    before = {name: stages[name].reference for name in names[:place] if name in read}
+    return Onward(
+        tuple(after), before, tuple(plan.outputs), intake.samples, whole.reference, whole.metric, whole.metric_needs
+    )
 
 
 def chosen_stages(split: Split | None, names: tuple[str, ...] | None, where: str) -> tuple[str, ...]:

@@ -18,6 +18,36 @@ TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True)
+class Onward:
+    """How the model's outputs come from what a stage gives, all else in FP32: what the stage's precision must serve.
+
+    Attributes:
+        stages: those after it, in order, each prepared, with where its tensors come from: ``input`` or a stage.
+        before: by name, the FP32 outputs of the stages before it that are read after it.
+        outputs: (name, stage).
+        samples, reference, metric, metric_needs: those of the whole model.
+    """
+
+    stages: tuple[tuple[str, Step, Mapping[str, str]], ...]
+    before: Mapping[str, Step]
+    outputs: tuple[tuple[str, str], ...]
+    samples: Step | Source
+    reference: Step
+    metric: Mapping[str, Any]
+    metric_needs: Mapping[str, Source]
+
+    def params(self) -> dict[str, Any]:
+        """JSON; the needs go by the same names."""
+        stages = [{"name": name, "tensors": dict(tensors)} for name, _, tensors in self.stages]
+        return {"stages": stages, "outputs": [list(each) for each in self.outputs], "metric": dict(self.metric)}
+
+    def needs(self) -> dict[str, Step | Source]:
+        needs: dict[str, Step | Source] = {f"onward-{name}": prepare for name, prepare, _ in self.stages}
+        needs |= {f"from-{name}": reference for name, reference in self.before.items()}
+        return {**needs, "whole-samples": self.samples, "whole-reference": self.reference, **self.metric_needs}
+
+
+@dataclass(frozen=True)
 class Stage:
     """One part of the model, and what serves all its variants.
 
@@ -29,6 +59,7 @@ class Stage:
         prepare: gives the FP32 model that everything is lowered from.
         reference: gives the FP32 outputs on the samples.
         baseline: holds them against the metric, and gives the golden samples.
+        onward: None for a stage that gives all outputs of the model.
     """
 
     name: str
@@ -41,6 +72,7 @@ class Stage:
     prepare: Step
     reference: Step
     baseline: Step
+    onward: Onward | None = None
 
     def titled(self, title: str) -> str:
         """A step's title; names the stage of a split model."""

@@ -99,6 +99,8 @@ def rank(context: Context) -> Result:
 def search(context: Context) -> Result:
     """The fewest layers that must stay in float for the gate. Params: dialect, reduce_range, batch, metric, timeout.
 
+    ``onward``, of a stage: stages after it (name, tensors), outputs ([name, stage]), own (its name), metric of the
+    whole; its needs are ``onward-STAGE``, ``from-STAGE``, ``whole-samples`` and ``whole-reference``.
     Facts: curve, chosen (how many, or None), exclude (their names), worst.
     """
     request = {
@@ -112,6 +114,8 @@ def search(context: Context) -> Result:
         "batch": context.params["batch"],
         **_how(context),
     }
+    if "onward" in context.params:
+        request["onward"] = _onward(context)
     return Result(call("search", request, context, "searching the layers to keep"))
 
 
@@ -237,6 +241,29 @@ def verify(context: Context) -> Result:
     }
     verdict = call("judge", request, context, "judging the outputs")
     return Result({**ran, "accuracy": verdict}, files)
+
+
+def _onward(context: Context) -> dict[str, Any]:
+    """What follows the stage, by path."""
+    asked = context.params["onward"]
+    outputs = {
+        need.removeprefix("from-"): str(context.files(need)["outputs.npz"])
+        for need in context.needs
+        if need.startswith("from-")
+    }
+    samples = str(context.files("whole-samples")["samples.npz"])
+    stages = [
+        {**each, "model": str(context.folder(f"onward-{each['name']}") / "model.onnx")} for each in asked["stages"]
+    ]
+    return {
+        "stages": stages,
+        "outputs": dict(asked["outputs"]),
+        "own": asked["own"],
+        "archives": {**outputs, "input": samples},
+        "samples": samples,
+        "reference": str(context.files("whole-reference")["outputs.npz"]),
+        "metric": {**metric(context), **asked["metric"]},
+    }
 
 
 def _how(context: Context) -> dict[str, Any]:

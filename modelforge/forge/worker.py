@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def lower(request: Request) -> dict[str, Any]:
     model, folder = Path(request["model"]), Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     if "ranges" in request:
-        return _quantize(model, folder, request, request["exclude"], request.get("samples"))
+        return quantize(model, folder, request, request["exclude"], request.get("samples"))
     if request["precision"] == "fp32":
         for path in model.parent.iterdir():
             shutil.copyfile(path, folder / path.name)
@@ -75,53 +75,13 @@ def rank(request: Request) -> dict[str, Any]:
 
 
 def search(request: Request) -> dict[str, Any]:
-    """The fewest layers to keep in float, each set judged by the recipe's own gate on the lowered model."""
-    import shutil
+    """The fewest layers to keep in float; see :mod:`modelforge.forge.searching`."""
+    from modelforge.forge.searching import search_layers
 
-    from modelforge.compilers.onnxruntime_worker import run_model
-    from modelforge.quantize.dialects import get_dialect
-    from modelforge.quantize.search import search_exclusions
-
-    folder = Path(request["folder"])
-    reference, (inputs, labels) = _load(request["reference"]), _samples(request["samples"])
-    rules, metric = _metric(request["metric"])
-    floor, margin = rules.floors("mixed")[0], get_dialect(request["dialect"]).margin_db
-    if margin:  # INT8 may have failed by the compiler's own arithmetic: what is chosen here must hold there too
-        allowed = None if rules.max_drop is None else rules.max_drop / 2
-        rules = replace(rules, min_sqnr_db=floor + margin, max_drop=allowed)
-    folder.mkdir(parents=True)
-    data, outputs = folder / "inputs.npz", folder / "outputs.npz"
-    _write(data, inputs)
-    groups = _groups([request["model"]], reference)
-
-    def evaluate(exclude: tuple[str, ...]) -> tuple[bool, dict[str, Any]]:
-        from modelforge.verify.gate import judge as judge_outputs
-
-        lowered = folder / "lowered"
-        shutil.rmtree(lowered, ignore_errors=True)
-        lowered.mkdir()
-        try:
-            _quantize(Path(request["model"]), lowered, request, exclude)
-        except UnsupportedError:  # nothing is left to quantize: no INT8 model, and so none that passes
-            return False, {}
-        model = emulate({"model": str(lowered / "model.onnx"), "folder": str(folder / "emulated")})["model"]
-        run = {
-            "model": model or str(lowered / "model.onnx"),
-            "inputs": str(data),
-            "outputs": str(outputs),
-            "threads": 1,
-        }
-        run_model({**run, "batch": request["batch"]})
-        verdict = judge_outputs(rules, metric, "mixed", reference, _load(str(outputs)), labels, groups)
-        facts = verdict.facts()
-        return verdict.passed, {name: facts[name] for name in ("value", "drop", "sqnr_db", "agreement")}
-
-    found = search_exclusions(request["blocks"], evaluate, least=1 if margin else 0)
-    exclude = None if found.exclude is None else list(found.exclude)
-    return {"curve": list(found.curve), "chosen": found.chosen, "exclude": exclude, "worst": list(found.worst)}
+    return search_layers(request)
 
 
-def _quantize(
+def quantize(
     model: Path, folder: Path, request: Request, exclude: Collection[str], samples: str | None = None
 ) -> dict[str, Any]:
     """Prepared model -> QDQ in the request's dialect, its float rest in the dialect's own precision.
@@ -266,7 +226,7 @@ def feed(request: Request) -> dict[str, Any]:
                 array = found[name][: request.get("count")]
                 way = request.get("transport", {}).get(name)
                 arrays[name] = array if way is None else cross(array, way)
-    _write(Path(request["out"]), arrays)
+    write_arrays(Path(request["out"]), arrays)
     return {}
 
 
@@ -284,7 +244,7 @@ def transport(request: Request) -> dict[str, Any]:
 
 def estimate(request: Request) -> dict[str, Any]:
     """Milliseconds by batch size, by a roofline over the layers; see :mod:`modelforge.graph.roofline`."""
-    from modelforge.forge.efficiency import machine_for
+    from modelforge.forge.efficiency import counted_as, machine_for
     from modelforge.forge.placement import Load
     from modelforge.graph.split_graph import read_layers
     from modelforge.target import load_target
@@ -298,7 +258,7 @@ def estimate(request: Request) -> dict[str, Any]:
     load = Load(read_layers(Path(request["model"]), dict.fromkeys(symbols, 1), shapes))
     open_batch = bool(symbols)
     times = {
-        str(size): load.seconds(request["precision"], machine, size if open_batch else 1) * 1e3
+        str(size): load.seconds(counted_as(request["precision"]), machine, size if open_batch else 1) * 1e3
         for size in request["batches"]
     }
     return {"by_batch": {size: float(f"{taken:.4g}") for size, taken in times.items()}, "method": method}
@@ -346,7 +306,7 @@ def subset(request: Request) -> dict[str, Any]:
 
     with np.load(request["samples"], allow_pickle=False) as archive:
         arrays = {name: archive[name][: request["count"]] for name in archive.files if name != LABEL}
-    _write(Path(request["out"]), arrays)
+    write_arrays(Path(request["out"]), arrays)
     return {}
 
 
@@ -354,31 +314,31 @@ def baseline(request: Request) -> dict[str, Any]:
     """Check the FP32 reference against the user's metric, and put the golden samples aside."""
     from modelforge.verify.gate import check_baseline
 
-    rules, metric = _metric(request["metric"])
-    reference = _load(request["reference"])
-    inputs, labels = _samples(request["samples"])
+    rules, metric = metric_of(request["metric"])
+    reference = read_arrays(request["reference"])
+    inputs, labels = read_samples(request["samples"])
     value = check_baseline(rules, metric, reference, labels)
     folder, count = Path(request["folder"]), request["golden"]
     for name, arrays in (("golden-inputs.npz", inputs), ("golden-outputs.npz", reference)):
-        _write(folder / name, {key: array[:count] for key, array in arrays.items()})
+        write_arrays(folder / name, {key: array[:count] for key, array in arrays.items()})
     return {"value": value, "samples": len(next(iter(inputs.values())))}
 
 
 def judge(request: Request) -> dict[str, Any]:
     from modelforge.verify.gate import judge as judge_outputs
 
-    rules, metric = _metric(request["metric"])
+    rules, metric = metric_of(request["metric"])
     count = request["count"]
-    reference = {name: array[:count] for name, array in _load(request["reference"]).items()}
-    _, labels = _samples(request["samples"])
-    value = _load(request["value"])
+    reference = {name: array[:count] for name, array in read_arrays(request["reference"]).items()}
+    _, labels = read_samples(request["samples"])
+    value = read_arrays(request["value"])
     labels = None if labels is None else labels[:count]
-    groups = _groups(request["models"], reference)
+    groups = groups_of(request["models"], reference)
     verdict = judge_outputs(rules, metric, request["precision"], reference, value, labels, groups)
     return {"metric": rules.metric, "max_drop": rules.max_drop, **verdict.facts()}
 
 
-def _groups(models: Iterable[str], reference: Mapping[str, Any]) -> list[Any]:
+def groups_of(models: Iterable[str], reference: Mapping[str, Any]) -> list[Any]:
     """The channel groups of the outputs that these models give, where the arrays are what their graphs say."""
     from modelforge.graph.output_groups import find_output_groups
     from modelforge.verify.metrics import ChannelGroup
@@ -394,7 +354,7 @@ def _groups(models: Iterable[str], reference: Mapping[str, Any]) -> list[Any]:
     return [group for name, groups in found.items() if whole[name] for group in groups]
 
 
-def _metric(facts: Mapping[str, Any]) -> tuple[Any, Any]:
+def metric_of(facts: Mapping[str, Any]) -> tuple[Any, Any]:
     from modelforge.verify.gate import GateRules
     from modelforge.verify.metrics import label_metric
 
@@ -404,24 +364,24 @@ def _metric(facts: Mapping[str, Any]) -> tuple[Any, Any]:
     return rules, metric
 
 
-def _write(path: Path, arrays: Mapping[str, Any]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     import numpy as np
 
     with path.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **arrays)
 
 
-def _load(path: str) -> dict[str, Any]:
+def read_arrays(path: str) -> dict[str, Any]:
     import numpy as np
 
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
-def _samples(path: str) -> tuple[dict[str, Any], Any]:
+def read_samples(path: str) -> tuple[dict[str, Any], Any]:
     from modelforge.samples import LABEL
 
-    arrays = _load(path)
+    arrays = read_arrays(path)
     return {name: array for name, array in arrays.items() if name != LABEL}, arrays.get(LABEL)
 
 
@@ -436,10 +396,10 @@ def compare_golden(request: Request) -> dict[str, Any]:
     from modelforge.verify.metrics import is_silent
 
     rules = GateRules(metric="sqnr", max_drop=None)
-    reference, value = _load(request["reference"]), _load(request["value"])
+    reference, value = read_arrays(request["reference"]), read_arrays(request["value"])
     groups = [
         group
-        for group in _groups(request.get("models", ()), reference)
+        for group in groups_of(request.get("models", ()), reference)
         if not is_silent(group, reference[group.output])
     ]
     return judge_outputs(rules, None, request["precision"], reference, value, None, groups).facts()

@@ -304,10 +304,14 @@ class ChainFigures(_Part):
 
 
 class ChainDocument(_Part):
-    """One of `split.chains`: variants run one after the other, judged as the whole model, or why they were not."""
+    """One of `split.chains`: variants run one after the other, judged as the whole model, or why they were not.
+
+    ``lowered``: of the lowered models on all samples, where an emulator ran some of them only.
+    """
 
     stages: tuple[ChainStage, ...] = ()
     accuracy: ChainFigures | None = None
+    lowered: ChainFigures | None = None
     reason: str | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from modelforge.report.charts import bar
@@ -35,16 +36,14 @@ def tiles(report: Report) -> Html:
     compiled = sum(record.status == "compiled" for record in records)
     gates = [record.accuracy.gate for record in records]
     passed, failed = gates.count("passed"), gates.count("failed") + sum(record.status == "failed" for record in records)
-    drops = [(record.accuracy.drop, variant) for variant, record in zip(report.variants, records, strict=True)]
-    known = [(drop, variant) for drop, variant in drops if drop is not None]
-    worst = max(known, key=lambda each: each[0], default=None)
+    worst = max(_losses(report), key=lambda each: each.drop, default=None)
     ran = sum(record.accuracy.evidence in ("device", "emulator") for record in records)
     kept = sum(len(nodes) for variant in report.variants for nodes in variant.kept_higher().values())
     return element(
         "ul",
         _tile(f"{compiled} of {len(records)}", "variants compiled", "good" if compiled == len(records) else "warn"),
         _tile(f"{passed} of {len(records)}", "gates passed", "bad" if failed else "good" if passed else "plain"),
-        _tile(drop_text(worst[0]), f"largest change: {worst[1].title}", "plain") if worst else None,
+        _tile(drop_text(worst.drop), f"largest change: {worst.title}", "plain") if worst else None,
         _tile(f"{ran} of {len(records)}", "run as compiled, on a device or emulated", "plain"),
         _tile(str(kept), "layers kept higher, in all", "plain") if kept else None,
         class_="tiles",
@@ -98,13 +97,12 @@ def summary(report: Report, anchors: Sequence[str]) -> Html:
 
 def deltas(report: Report) -> list[Html]:
     """Drops against what is allowed, and latencies against the budget and the other rungs."""
-    judged = [variant for variant in report.variants if variant.record.accuracy.drop is not None]
+    judged = _losses(report)
     timed = [variant for variant in report.variants if variant.latency_ms is not None]
     parts = []
     if judged:
-        limits = [variant.record.accuracy.max_drop or 0.0 for variant in judged]
-        full = 1.25 * max(*limits, *(variant.record.accuracy.drop or 0.0 for variant in judged)) or 1.0
-        rows = [_drop_row(variant, full) for variant in judged]
+        full = 1.25 * max(*(each.allowed or 0.0 for each in judged), *(each.drop for each in judged)) or 1.0
+        rows = [_drop_row(each, full) for each in judged]
         columns = ["target", "change", f"0 to {number(full)}; line: allowed", "allowed", "precision"]
         parts.append(table("Accuracy: loss against FP32", columns, rows))
     else:
@@ -123,16 +121,44 @@ def deltas(report: Report) -> list[Html]:
     return parts
 
 
-def _drop_row(variant: VariantReport, full: float) -> Row:
-    accuracy = variant.record.accuracy
-    drop, allowed = accuracy.drop or 0.0, accuracy.max_drop
-    mark = None if allowed is None else allowed / full
+@dataclass(frozen=True)
+class _Loss:
+    """What a variant, or a chain of them as the whole model, loses by the metric; the change is negated."""
+
+    title: str
+    drop: float
+    allowed: float | None
+    gate: str | None
+    precision: str | None
+
+
+def _losses(report: Report) -> list[_Loss]:
+    """Of the chains first: they are the model, and their stages only parts of it."""
+    found = []
+    precisions = {(each.record.stage, each.record.target): each.record.precision for each in report.variants}
+    splits = [*([report.facts.split] if report.facts.split else []), *report.facts.partitions.values()]
+    for chain in (chain for split in splits for chain in split.chains):
+        if chain.accuracy is None or chain.accuracy.drop is None:
+            continue
+        title = "chain " + ", ".join(dict.fromkeys(step.target for step in chain.stages))
+        rungs = [precisions.get((step.stage, step.target)) or number(None) for step in chain.stages]
+        accuracy = chain.accuracy
+        found.append(_Loss(title, chain.accuracy.drop, accuracy.max_drop, accuracy.gate, " + ".join(rungs)))
+    for variant in report.variants:
+        judged = variant.record.accuracy
+        if judged.drop is not None:
+            found.append(_Loss(variant.title, judged.drop, judged.max_drop, judged.gate, variant.record.precision))
+    return found
+
+
+def _drop_row(loss: _Loss, full: float) -> Row:
+    mark = None if loss.allowed is None else loss.allowed / full
     return [
-        variant.title,
-        figure_cell(accuracy.drop, drop_text(accuracy.drop)),
-        Drawing(bar(drop / full, verdict_kind(accuracy.gate), mark)),
-        figure_cell(allowed, number(allowed)),
-        variant.record.precision or number(None),
+        loss.title,
+        figure_cell(loss.drop, drop_text(loss.drop)),
+        Drawing(bar(max(loss.drop, 0.0) / full, verdict_kind(loss.gate or "none"), mark)),
+        figure_cell(loss.allowed, number(loss.allowed)),
+        loss.precision or number(None),
     ]
 
 

@@ -83,7 +83,8 @@ _PLACES = 200
 
 def _row(report: Report, variant: VariantReport, anchor: str) -> Row:
     record, timing, batching = variant.record, variant.timing, variant.timing.batching
-    target = report.facts.targets.get(record.target)
+    known = report.facts.targets
+    target = known.get(f"{record.target}/{record.stage}", known.get(record.target))
     measured, estimated = timing.measured.at(1).milliseconds, timing.estimated.at(1).milliseconds
     one = estimated if measured is None else measured
     is_estimate = batching is not None and batching.source == "estimated"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from modelforge.report.about import Split
 from modelforge.report.collect import Report, VariantReport
-from modelforge.report.documents import Candidate, ChainDocument, StageDocument, StageTensor, Way
+from modelforge.report.documents import Candidate, ChainDocument, ChainFigures, StageDocument, StageTensor, Way
 from modelforge.report.latency import approximate
 from modelforge.report.markup import (
     Cell,
@@ -223,18 +223,22 @@ def _chains(split: Split, variants: Sequence[VariantReport], limits: Limits) -> 
         return None
     known = {_key(variant): variant for variant in variants}
     shown = split.chains[: limits.rows]
-    rows = [_chain_row(chain, known) for chain in shown]
-    columns = ["chain", "gate", "stages, one sample", "metric"]
+    timed = any(_chain_time(chain, known)[0] is not None for chain in shown)
+    rows = [row for chain in shown for row in _chain_rows(chain, known, timed=timed)]
+    metrics = dict.fromkeys(chain.accuracy.metric for chain in shown if chain.accuracy and chain.accuracy.metric)
+    columns = ["chain", "gate"] + ["one sample"] * timed
     columns += "FP32 value change allowed SQNR cosine agreement samples".split()
+    said = "The time is that of the stages alone, one after the other, without links."
     return headed(
         "Chains of variants, judged as the whole model",
-        table("Chains of variants against FP32", columns, rows),
+        table(f"Chains of variants against FP32{'; metric: ' if metrics else ''}{', '.join(metrics)}", columns, rows),
         left_out(len(split.chains) - len(shown), "chain"),
-        element("p", "The time is that of the stages alone, one after the other, without links.", class_="soft"),
+        element("p", said, class_="soft") if timed else None,
     )
 
 
-def _chain_row(chain: ChainDocument, known: Mapping[tuple[str, str], VariantReport]) -> Row:
+def _chain_rows(chain: ChainDocument, known: Mapping[tuple[str, str], VariantReport], *, timed: bool) -> list[Row]:
+    """What ran, and under it its lowered models where these were judged on more samples."""
     steps = [
         element(
             "li", f"{step.stage} on {step.target}", [" ", badge(step.evidence)] if step.evidence is not None else None
@@ -242,16 +246,22 @@ def _chain_row(chain: ChainDocument, known: Mapping[tuple[str, str], VariantRepo
         for step in chain.stages[:64]
     ]
     name = element("ol", steps, class_="steps")
-    time, said = _chain_time(chain, known)
-    accuracy = chain.accuracy
-    if accuracy is None:
+    time = [figure_cell(*_chain_time(chain, known))] * timed
+    if chain.accuracy is None:
         reason = element("span", f"not run: {chain.reason or 'no reason was recorded'}", class_="why")
-        return [name, badge("none"), figure_cell(time, said), reason, *[Cell(NONE, None) for _ in range(8)]]
+        return [[element("div", name, reason), badge("none"), *time, *[Cell(NONE, None) for _ in range(8)]]]
+    rows = [_chain_row(name, time, chain.accuracy)]
+    if chain.lowered is not None:
+        stands_in = element("span", "the lowered models ", badge("reference"))
+        rows.append(_chain_row(stands_in, [Cell(NONE, None)] * timed, chain.lowered))
+    return rows
+
+
+def _chain_row(name: Html, time: Sequence[Cell], accuracy: ChainFigures) -> Row:
     return [
         name,
         badge(accuracy.gate or "none"),
-        figure_cell(time, said),
-        accuracy.metric or NONE,
+        *time,
         figure_cell(accuracy.reference, number(accuracy.reference)),
         figure_cell(accuracy.value, number(accuracy.value)),
         figure_cell(accuracy.drop, drop_text(accuracy.drop)),
@@ -280,6 +290,8 @@ def _candidates(split: Split, limits: Limits) -> Html | None:
         return None
     taken = {tensor.name for stage in split.stages for tensor in stage.inputs if tensor.source != INPUT}
     ranked = sorted(split.candidates, key=lambda each: (each.bytes.fp32, each.flops_before, each.tensors))
+    if not any(set(each.tensors) <= taken for each in ranked):
+        return None  # between NPU and CPU: where the cut is, their operators say, not the bytes
     rows = [_candidate_row(each, is_taken=set(each.tensors) <= taken) for each in ranked[: limits.rows]]
     columns = ["after", "here", "FLOPs before", "FP32", "FP16", "INT8"]
     return headed(

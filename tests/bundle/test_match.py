@@ -169,6 +169,10 @@ def test_a_bundles_own_profile_comes_first() -> None:
     arch = {"kind": "cuda", "sm": 87}
     about = {"targets": {"t4": {"title": "A board", "tier": "edge", "arch": arch}}}
     assert profile_of(about, "t4") == Profile("t4", "A board", "edge", arch)
+    beside = {"title": "The CPU of the board", "tier": "edge", "arch": {"kind": "cpu", "isa": "aarch64"}}
+    both = {"targets": {**about["targets"], "t4/stage2-t4-cpu": beside}}
+    assert profile_of(both, "t4", stage="stage2-t4-cpu").title == "The CPU of the board"
+    assert profile_of(both, "t4", stage="stage1-t4-npu").title == "A board"
     assert profile_of({"targets": {"t4": {"arch": "?"}}}, "t4").arch == {"kind": "cuda", "sm": 75, "dla": False}
 
 

@@ -161,6 +161,16 @@ def test_each_rung_keeps_its_outcome() -> None:
     ]
 
 
+def test_a_rung_tells_of_the_chain_that_left_it() -> None:
+    """Its own figures beside those of the chain, and nothing that was not measured."""
+    chain = {"name": "a -> b", "evidence": "simulator", "metric": "m", "value": 0.95, "samples": 64, "gate": "failed"}
+    rung = {"precision": "int8", "gate": "failed", "sqnr_db": 20.0, "reason": "the chain misses its gate"}
+    record = contract(ladder=[{**rung, "chain": chain}])
+    (told,) = read(record).to_json()["ladder"]
+    assert told == {**rung, "chain": chain}
+    assert read(contract(ladder=[rung])).to_json()["ladder"] == [rung]
+
+
 def test_batch_of_given_sizes() -> None:
     record = VariantRecord(target="t4", status="failed", compiler=None, precision=None, batch=Batch(values=(1, 4)))
     assert record.to_json()["batch"] == {"values": [1, 4]}

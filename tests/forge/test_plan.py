@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from modelforge.errors import RecipeError
+from modelforge.forge import rungs
 from modelforge.forge.plan import Plan, make_plan
 from modelforge.forge.step import Step
-from tests.conftest import ROOT
+from tests.conftest import ROOT, edit_targets
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,25 @@ def test_shared_steps_are_shared(plan: Plan) -> None:
     assert variants["t4"].rungs[0].compile is not None
     assert variants["a100"].rungs[0].compile is not None
     assert variants["t4"].rungs[0].compile.key != variants["a100"].rungs[0].compile.key
+
+
+@pytest.mark.qemu
+def test_an_emulator_runs_what_it_has_time_for_or_what_the_recipe_asks(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_targets(digits, {"cortex-a76": ["fp32"]})
+    monkeypatch.setattr(rungs, "EMULATED_FLOPS", 1.0)
+
+    def judged() -> tuple[str, int]:
+        (variant,) = make_plan(digits).variants
+        return variant.rungs[0].evidence, variant.rungs[0].verify.params["samples"]
+
+    assert judged() == ("emulator", rungs.EMULATED_AT_LEAST)
+    recipe = digits / "recipe.toml"
+    text = recipe.read_text()
+    for asked, found in ((100, 100), (10_000, 360)):  # no more than there are
+        recipe.write_text(text.replace("[accuracy]", f"[accuracy]\nemulated = {asked}"))
+        assert judged() == ("emulator", found)
 
 
 def test_only_the_targets_asked_for(plan: Plan) -> None:

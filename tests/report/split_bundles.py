@@ -99,6 +99,10 @@ def split_about() -> dict[str, Any]:
                         "sqnr_db": 29.4, "cosine": 0.9994, "agreement": 0.9944, "samples": 360, "gate": "passed",
                         "identical": False,
                     },
+                    "lowered": {
+                        "metric": "top1", "reference": 0.9861, "value": 0.9842, "drop": 0.0019, "max_drop": 0.01,
+                        "samples": 5000, "gate": "passed",
+                    },
                 },
                 {
                     "stages": [

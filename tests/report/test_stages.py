@@ -67,10 +67,12 @@ def test_bytes_of_what_crosses_at_each_transport(page: str) -> None:
 
 
 def test_chains_have_evidence_accuracy_and_time(page: str) -> None:
-    first, second = rows(section(page, "stages"), "Chains of variants against FP32")
+    first, lowered, second = rows(section(page, "stages"), "Chains of variants against FP32; metric: top1")
     assert first[0] == "head on cortex-a76 device body on jetson-agx-orin reference tail on a100 reference"
-    assert first[1:9] == ["passed", "~5.40 ms", "top1", "0.9861", "0.9833", "−0.0028", "0.0100", "29.4 dB"]
-    assert second[3] == "not run: a variant of it is missing"
+    assert first[1:8] == ["passed", "~5.40 ms", "0.9861", "0.9833", "−0.0028", "0.0100", "29.4 dB"]
+    assert lowered[0] == "the lowered models reference"
+    assert (lowered[1], lowered[4], lowered[-1]) == ("passed", "0.9842", "5000")
+    assert second[0].endswith("not run: a variant of it is missing")
     assert second[2] == "~66.00 ms", "4.1 and 61 were measured, 0.9 was not"
 
 
@@ -80,6 +82,32 @@ def test_a_chain_that_was_measured_whole_is_no_estimate(make_bundle: MakeBundle)
     timed = latency("device", (2.0, 3.0, 5.0, 9.0), (1.0, 2.0, 3.0, 4.0))
     page = render_html(collect(open_bundle(make_bundle({}, about, stage="head", latency=timed))))
     assert rows(page, "Chains of variants against FP32")[0][2] == "2.00 ms"
+
+
+def test_a_chain_that_nothing_is_known_of_the_time_of_has_no_column_for_it(make_bundle: MakeBundle) -> None:
+    about = split_about()
+    about["split"]["chains"] = [{**about["split"]["chains"][0], "stages": [{"stage": "head", "target": "t4"}]}]
+    page = render_html(collect(open_bundle(make_bundle({}, about, stage="head"))))
+    assert "one sample" not in section(page, "stages")
+    assert rows(page, "Chains of variants against FP32")[0][1:3] == ["passed", "0.9861"]
+
+
+def test_a_cut_that_no_candidate_gives_has_no_table_of_candidates(make_bundle: MakeBundle) -> None:
+    """Between NPU and CPU it is the operators that say where."""
+    about = split_about()
+    taken = about["split"]["stages"][1]["inputs"][0]["name"]
+    for tensor_name, shown in ((taken, True), ("another", False)):
+        sizes = {"fp32": 4, "fp16": 2, "int8": 1}
+        about["split"]["candidates"] = [{"tensors": [tensor_name], "flops_before": 0.5, "bytes": sizes}]
+        page = render_html(collect(open_bundle(make_bundle({}, about, stage="head"))))
+        assert ("Where it could be cut" in page) is shown
+
+
+def test_the_change_of_a_split_model_is_that_of_its_chain(page: str) -> None:
+    """A stage inside has no metric, and the last one's change is that of its own rounding alone."""
+    first = rows(section(page, "deltas"), "Accuracy: loss against FP32")[0]
+    assert first[0] == "chain cortex-a76, jetson-agx-orin, a100"
+    assert (first[1], first[3]) == ("−0.0028", "0.0100")
 
 
 def test_the_fastest_ways_are_sorted_whatever_the_bundle_says(page: str) -> None:
