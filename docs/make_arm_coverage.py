@@ -157,6 +157,7 @@ def run_one(model: Model, tag: str, precision: str, work: Path) -> Result:
     compiler = TvmCompiler()
     inputs = {model.input: model.shape}
     refused = compiler.supports(inspect_model(source, cost=False), target, precision, inputs, {})
+    refused = [*refused, *compiler.supports_model(source, target)]
     if what := [each.what for each in refused if each.rule != "precision"]:
         return Result(reason=f"refused: {what[0]}")
     begun = time.monotonic()

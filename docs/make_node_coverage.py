@@ -135,6 +135,7 @@ def _run(case: Case, tag: str, folder: Path) -> list[np.ndarray[Any, Any]]:
     target, compiler = Registry().get(tag), TvmCompiler()
     shapes = {given: tuple(array.shape) for given, array in case.inputs.items() if isinstance(array, np.ndarray)}
     refused = compiler.supports(inspect_model(source, cost=False), target, "fp32", shapes, {})
+    refused = refused or compiler.supports_model(source, target)
     if refused:
         raise UnsupportedError(refused[0].what)
     prepare(source, folder / "prepared", shapes)
