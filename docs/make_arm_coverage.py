@@ -1,6 +1,6 @@
 """Runs real models on every Arm profile under QEMU, and writes the section of docs/coverage.md about it.
 
-    python docs/make_arm_coverage.py                     # what has no result yet, then the section
+    python docs/make_arm_coverage.py                     # what has no result yet, then the section: half an hour
     python docs/make_arm_coverage.py squeezenet bert     # only these models, printed; docs/coverage.md stays
 
 Compiled by the driver that `modelforge build` uses, run by the runner that ships, one real sample each. A result is

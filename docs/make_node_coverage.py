@@ -1,6 +1,6 @@
 """Puts ONNX's test cases of single operators through TVM, and writes the section of docs/coverage.md about them.
 
-    python docs/make_node_coverage.py                  # all of them, then the section
+    python docs/make_node_coverage.py                  # all of them, then the section: a quarter of an hour
     python docs/make_node_coverage.py Resize LSTM      # cases that hold these operators, printed with their reasons
 
 Each case goes the way of `modelforge build`: inspected, asked the preflight, prepared, compiled, linked, run by the
