@@ -1,6 +1,6 @@
 """Runs real models on every Arm profile under QEMU, and writes the section of docs/coverage.md about it.
 
-    python docs/make_arm_coverage.py                     # what has no result yet, then the section
+    python docs/make_arm_coverage.py                     # what has no result yet, then the section: half an hour
     python docs/make_arm_coverage.py squeezenet bert     # only these models, printed; docs/coverage.md stays
 
 Compiled by the driver that `modelforge build` uses, run by the runner that ships, one real sample each. A result is
@@ -157,6 +157,7 @@ def run_one(model: Model, tag: str, precision: str, work: Path) -> Result:
     compiler = TvmCompiler()
     inputs = {model.input: model.shape}
     refused = compiler.supports(inspect_model(source, cost=False), target, precision, inputs, {})
+    refused = [*refused, *compiler.supports_model(source, target)]
     if what := [each.what for each in refused if each.rule != "precision"]:
         return Result(reason=f"refused: {what[0]}")
     begun = time.monotonic()

@@ -22,12 +22,14 @@ _BOOL: Final = TensorProto.BOOL
 
 @dataclass(frozen=True)
 class _Node:
-    """What a rule sees of a node: attributes, and of its inputs type and shape of the first, and constants."""
+    """What a rule sees of a node: attributes, type and shape of its first input, and which of its inputs are constants,
+    as far as they are small, and which come from outside."""
 
     said: Mapping[str, Any]
     kind: int
     shape: tuple[int | None, ...] | None
     constants: tuple[Any, ...]
+    fed: tuple[bool, ...]
 
     def word(self, name: str) -> str:
         value = self.said.get(name, b"")
@@ -59,9 +61,9 @@ _ROWS: Final[Mapping[str, tuple[_Row, ...]]] = {
             lambda node: "output_shape" in node.said,
         ),
         (
-            "has auto_pad, of which the importer makes what cannot be compiled",
-            "give its `pads` instead",
-            lambda node: node.word("auto_pad").startswith("SAME"),
+            "gets its weight as an input of the model, for which TVM has no kernel",
+            "make the weight a constant",
+            lambda node: node.fed[1],
         ),
     ),
     "Mod": (
@@ -124,23 +126,25 @@ def found_in(model: Any) -> Iterator[Refusal]:
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
             tensors[node.output[0]] = node.attribute[0].t
+    fed = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         if node.domain not in ("", "ai.onnx"):
             continue
         for what, fix, is_misread in _ROWS.get(node.op_type, ()):
-            if is_misread(_seen(node, typed, tensors)):
+            if is_misread(_seen(node, typed, tensors, fed)):
                 shown = f"{node.op_type} (node {node.name or node.output[0]}) {what}"
                 yield Refusal("attributes", shown, fix, _IMPORTER)
 
 
-def _seen(node: Any, typed: Mapping[str, Any], tensors: Mapping[str, Any]) -> _Node:
+def _seen(node: Any, typed: Mapping[str, Any], tensors: Mapping[str, Any], fed: set[str]) -> _Node:
     said = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     first = typed.get(node.input[0])
     sizes = None
     if first is not None and first.HasField("shape"):
         sizes = tuple(size.dim_value if size.HasField("dim_value") else None for size in first.shape.dim)
     constants = tuple(_array(tensors[name]) if name in tensors else None for name in node.input)
-    return _Node(said, first.elem_type if first is not None else 0, sizes, constants)
+    kind = first.elem_type if first is not None else 0
+    return _Node(said, kind, sizes, constants, tuple(name in fed for name in node.input))
 
 
 def _array(tensor: Any) -> Any:

@@ -22,7 +22,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.qemu
-@pytest.mark.slow  # five to eight compiles of a real network for each, four minutes for all on two cores
+@pytest.mark.slow  # six to eight compiles of a real network each: about a minute for each model on a quiet core
 @pytest.mark.parametrize("name", ["ppocr-cls", "squeezenet", "shufflenet", "bert", "magika"])
 def test_a_model_is_right_on_every_profile_and_precision(program: Any, tmp_path: Path, name: str) -> None:
     needs_qemu()
