@@ -291,10 +291,29 @@ def _reduction(name: str, read: Read, rows: int, row: Row, attrs: Any) -> Callab
 
 
 _PRODUCT: Final = te.comm_reducer(lambda x, y: x * y, lambda dtype: tirx.const(1, dtype), name="prod")
+
+
+def _infinite(sign: int, dtype: str) -> Any:
+    """What every number of a type is beyond, or is itself: TVM's own reducers start at the largest finite float."""
+    if "float" in dtype:
+        return tirx.const(sign * float("inf"), dtype)
+    return tirx.max_value(dtype) if sign > 0 else tirx.min_value(dtype)
+
+
+def _greater(x: Any, y: Any) -> Any:  # TVM counts its parameters, and tirx.max has three
+    return tirx.max(x, y)
+
+
+def _less(x: Any, y: Any) -> Any:
+    return tirx.min(x, y)
+
+
+_GREATEST: Final = te.comm_reducer(_greater, lambda dtype: _infinite(-1, dtype), name="max")
+_LEAST: Final = te.comm_reducer(_less, lambda dtype: _infinite(1, dtype), name="min")
 _JOINS: Final[dict[str, tuple[Any, Callable[[Any, Any], Any]]]] = {
     "sum": (te.sum, operator.add),
-    "max": (te.max, tirx.max),
-    "min": (te.min, tirx.min),
+    "max": (_GREATEST, tirx.max),
+    "min": (_LEAST, tirx.min),
     "prod": (_PRODUCT, operator.mul),
 }
 """How a join is written over an axis, and of two values."""

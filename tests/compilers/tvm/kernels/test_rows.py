@@ -71,6 +71,16 @@ def test_agrees_with_numpy(case: str, leading: list[int], length: int) -> None:
     np.testing.assert_allclose(result, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("case", "all_of"), [("max", -np.inf), ("min of all", np.inf)])
+def test_the_greatest_of_infinities_is_infinite(case: str, all_of: float) -> None:
+    """A masked row of attention scores; TVM's own reducers start at the largest finite float."""
+    graph, reference = REDUCTIONS[case]
+    data = np.full((2, 37), all_of, np.float32)
+    result, reports = run(graph, [data])
+    assert set(rules(reports).values()) == {"row reduction"}
+    np.testing.assert_array_equal(result, reference(data))
+
+
 def test_reduces_several_last_axes() -> None:
     (data,) = arrays((3, 5, 7, 2))
     result, reports = run(lambda emit, x: relax.op.mean(x, axis=[2, 3]), [data])
