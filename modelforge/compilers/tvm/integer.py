@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -35,6 +35,11 @@ from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.scales import BOUNDS, FoldScales
 
 Array = np.ndarray[Any, Any]
+
+
+_MOST_GROUPS: Final = 4
+"""Dot products do four times float's products a step: so many groups are no slower as one with zeros, which takes the
+order of shuffled channels into its weights."""
 
 
 def to_integers(module: Any, machine: Machine) -> Any:
@@ -74,8 +79,7 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
     def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
         self._type = "uint8" if has_unsigned_dot(machine) else "int8"
-        # Four times float's products a step: so many groups are still no slower, nor larger, as one with zeros.
-        self._most_groups = 4 if machine.dot else 1
+        self._has_dot = bool(machine.dot)
         self._quantized: dict[Any, Quantized] = {}
         self._tuples: dict[Any, Quantized] = {}
         self._weights: dict[Any, Weight] = {}
@@ -195,11 +199,12 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
         if shape is None:
             return None
         if groups > 1 and not groups == shape[1] == len(values):
-            if groups > self._most_groups:
+            if not self._has_dot:
                 return None
-            values, groups = _dense(values, groups), 1
-            data, order = self._unshuffled(data)
-            values = values if order is None else np.ascontiguousarray(values[:, np.argsort(order)])
+            before, order = self._unshuffled(data)
+            if order is not None and groups <= _MOST_GROUPS:
+                values, groups = np.ascontiguousarray(_dense(values, groups)[:, np.argsort(order)]), 1
+                data = before
         sums = relax.op.nn.conv2d(
             self._difference(data),
             relax.const(values),

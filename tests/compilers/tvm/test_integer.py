@@ -106,7 +106,7 @@ def test_what_has_no_integer_kernel_is_computed_in_float() -> None:
 
 
 @pytest.mark.parametrize("machine", runnable(AVX512))
-def test_few_groups_are_one_with_zeros_where_dot_products_pay_for_them(machine: Any) -> None:
+def test_groups_are_integer_products_where_there_are_dot_products(machine: Any) -> None:
     layers = Layers((1, 24, 7, 7))
     layers.quantize(0.03, 5)
     layers.convolution(36, (3, 3), group=3, pads=[1] * 4)

@@ -10,6 +10,7 @@ Bound: one product step per instruction (:mod:`.dot`), two instructions a cycle.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from modelforge.compilers.tvm.api import (
     te,
 )
 from modelforge.compilers.tvm.kernels import tiles
+from modelforge.compilers.tvm.kernels.bands import band_of
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
@@ -34,22 +36,23 @@ from modelforge.compilers.tvm.machine import Machine
 
 @dataclass(frozen=True)
 class ConvolutionInt8:
-    """Convolutions of one group over quantized activations, with constant int8 weights."""
+    """Convolutions over quantized activations, in groups or not, with constant int8 weights."""
 
     name: str = "convolution-int8"
     operators: tuple[str, ...] = ("relax.nn.conv2d",)
 
     def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
         window = window_of(call)
-        if window is None or int(call.attrs.groups) != 1 or dtype_of(call.args[1]) != "int8":
+        if window is None or dtype_of(call.args[1]) != "int8":
             return None
+        groups = int(call.attrs.groups)
         data = activations_of(call.args[0], builder)
         if data is None:
             return None
         weight = constant_value(call.args[1])
         if window.flat:
-            return multiply(data, weight, builder, machine)
-        return _convolve(window, weight, data, builder, machine)
+            return multiply(data, weight, builder, machine, groups)
+        return _convolve(window, weight, data, builder, machine, groups)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, depth = (int(value) for value in block_annotations(sch, anchor)[TILE])
@@ -65,11 +68,18 @@ class ConvolutionInt8:
         return f"{dot.name} {rows * columns}x{vectors * dot.lanes}"
 
 
-def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, builder: Any, machine: Machine) -> Any:
-    """Emit the int32 sums of ``data`` (NHWC) times ``weight`` (OHWI)."""
+def _convolve(
+    window: Window, weight: np.ndarray[Any, Any], data: Activations, builder: Any, machine: Machine, groups: int
+) -> Any:
+    """Emit the int32 sums of ``data`` (NHWC) times ``weight`` (OHWI, I of a group)."""
+    channels, macs = window.data[3], window.data[0] * prod(window.size) * weight.size
+    dot = dot_of(machine, channels)
+    band = None
+    if groups > 1:
+        band = band_of(weight, groups, dot, machine)
+        weight, dot = band.weights(weight), dot_of(machine, band.length)
     depth = weight.shape[3]
-    dot = dot_of(machine, depth)
-    rows, tile = _tile(window, dot, machine)
+    rows, tile = _tile(window, dot, machine, window.channels if band is None else band.width)
     columns = tile.rows // rows
     height, width = window.size
     tall, wide = _up(height, rows), _up(width, columns)
@@ -78,10 +88,10 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
     strides, dilation = window.strides, window.dilation
     zero, full = data.zero_for(dot), blocks * tile.columns
     top, left = window.padding[:2]
-    pads = [top, left, *window.padded_for(tall, wide), parts * dot.depth - depth]
+    pads = [top, left, *window.padded_for(tall, wide), max(0, parts * dot.depth - channels)]
     attrs = {
         RULE: ConvolutionInt8.name,
-        MACS: window.data[0] * height * width * weight.size,
+        MACS: macs,
         TILE: [rows, columns, tile.vectors, depth],
     }
 
@@ -92,6 +102,11 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
             for name, size in (("ry", kernel_height), ("rx", kernel_width), ("rk", parts))
         )
         inner = [te.reduce_axis((0, size), name) for name, size in zip(("rj", "ri"), dot.axes, strict=False)]
+
+        def channel(c: Any) -> Any:
+            first = 0 if band is None else band.start(c // band.width)
+            return first + rk * dot.depth + dot.of_activations(inner)
+
         sums = te.compute(
             (window.data[0], tall, wide, full),
             lambda n, y, x, c: te.sum(
@@ -99,7 +114,7 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
                     n,
                     y * strides[0] + ry * dilation[0],
                     x * strides[1] + rx * dilation[1],
-                    rk * dot.depth + dot.of_activations(inner),
+                    channel(c),
                 ].astype("int32")
                 * weight[
                     c // tile.columns,
@@ -121,14 +136,16 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
     return emit_from(builder, compute, data.stored, packed, start=start, name="convolution_int8", pattern=OUT_FUSIBLE)
 
 
-def _tile(window: Window, dot: Dot, machine: Machine) -> tuple[int, tiles.Tile]:
-    """Rows of the image in a tile, and the tile over rows x columns pixels."""
+def _tile(window: Window, dot: Dot, machine: Machine, channels: int) -> tuple[int, tiles.Tile]:
+    """Rows of the image in a tile, and the tile over rows x columns pixels, of blocks of so many channels."""
     height, width = window.size
     machine = dot.seen_by_tiles(machine)
-    channels = max(window.channels, dot.lanes)  # no narrower instruction is used
+    channels = max(channels, dot.lanes)  # no narrower instruction is used
+    unit = 1 if channels >= window.channels else channels // dot.lanes  # a tile has a block or a part of one
+    widest = dot.widest if unit == 1 and channels >= window.channels else unit
 
     def choose(heights: list[tuple[int, float]]) -> tiles.Tile:
-        return tiles.choose(heights, channels, machine, "int32", dot.widest)
+        return tiles.choose(heights, channels, machine, "int32", widest, unit)
 
     single = choose(tiles.padded(width, machine))
     if width * 2 > machine.registers:

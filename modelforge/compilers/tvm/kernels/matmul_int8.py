@@ -26,6 +26,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
 )
 from modelforge.compilers.tvm.kernels import tiles
+from modelforge.compilers.tvm.kernels.bands import band_of
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
 from modelforge.compilers.tvm.kernels.matmul import block_of, up
@@ -67,20 +68,29 @@ class MatmulInt8:
         return f"{dot.name} {rows}x{vectors * dot.lanes}"
 
 
-def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, machine: Machine) -> Any:
-    """Emit the int32 sums of ``data`` [..., inner] times ``weight`` [columns, 1, 1, inner]."""
+def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, machine: Machine, groups: int = 1) -> Any:
+    """Emit the int32 sums of ``data`` [..., inner] times ``weight`` [columns, 1, 1, inner of a group]."""
     *leading, inner = shape_of(data.stored) or ()
-    rows, columns = prod(leading), weight.shape[0]
+    rows, columns, macs = prod(leading), weight.shape[0], prod(leading) * weight.size
     dot = dot_of(machine, inner)
-    unit, tile = _tile(rows, columns, dot, machine)
+    band = None
+    if groups == 1:
+        unit, tile = _tile(rows, columns, dot, machine)
+    else:
+        band = band_of(weight, groups, dot, machine)
+        unit = band.width // dot.lanes
+        weight, dot = band.weights(weight), dot_of(machine, band.length)
+        tile = tiles.choose(tiles.padded(rows, machine), band.width, machine, "int32", unit, unit)
     packed = pack(weight, dot, unit * dot.lanes)
     width, blocks, parts = unit * dot.lanes, int(packed.value.shape[0]), int(packed.value.shape[3])
     tall, wide = up(rows, tile.rows), up(columns, tile.columns)
-    attrs = {RULE: MatmulInt8.name, MACS: rows * inner * columns, TILE: [tile.rows, tile.vectors, inner]}
+    depth = inner if band is None else band.length
+    attrs = {RULE: MatmulInt8.name, MACS: macs, TILE: [tile.rows, tile.vectors, depth]}
     zero = data.zero_for(dot)
 
     def compute(stored: Any, weight: Any) -> Any:
-        read = _rows(stored, dot, data.zero, zero, (tuple(leading), tall, inner, parts * dot.depth))
+        deep = max(inner, parts * dot.depth)
+        read = _rows(stored, dot, data.zero, zero, (tuple(leading), tall, inner, deep))
         rk = te.reduce_axis((0, parts), "rk")
         steps = [te.reduce_axis((0, size), name) for name, size in zip(("rj", "ri"), dot.axes, strict=False)]
 
@@ -88,12 +98,13 @@ def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, mach
             block = block_of(c, width, wide, blocks)
             return weight[block, 0, 0, rk, c % width // dot.lanes, *dot.of_weights(c % dot.lanes, steps)]
 
+        def of_data(r: Any, c: Any) -> Any:
+            first = 0 if band is None else band.start(block_of(c, width, wide, blocks))
+            return read(r, first + rk * dot.depth + dot.of_activations(steps))
+
         sums = te.compute(
             (tall, wide),
-            lambda r, c: te.sum(
-                read(r, rk * dot.depth + dot.of_activations(steps)).astype("int32") * of_weight(c).astype("int32"),
-                axis=[rk, *steps],
-            ),
+            lambda r, c: te.sum(of_data(r, c).astype("int32") * of_weight(c).astype("int32"), axis=[rk, *steps]),
             name="sums",
             attrs=attrs,
         )
