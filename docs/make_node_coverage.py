@@ -186,7 +186,7 @@ def serve(connection: Connection) -> None:
         module, _, name = function.partition(":")
         return getattr(importlib.import_module(module), name)(json.loads(json.dumps(request)))
 
-    worker.call = here  # type: ignore[assignment]
+    worker.call = here  # type: ignore[assignment]  # a double in this process alone
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

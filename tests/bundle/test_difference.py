@@ -80,8 +80,8 @@ def test_toolchains_and_other_files(tmp_path: Path) -> None:
 
 def test_inputs_by_name_and_serving(tmp_path: Path) -> None:
     mask = {"name": "mask", "dtype": "int64", "shape": ["batch", 2]}
-    wider = {**ABOUT["inputs"][0], "shape": ["batch", 3, 48, 320]}  # type: ignore[index]
-    about = {**ABOUT, "inputs": [mask, wider], "serving": {**ABOUT["serving"], "latency_budget_ms": 40.0}}  # type: ignore[dict-item]
+    wider = {**ABOUT["inputs"][0], "shape": ["batch", 3, 48, 320]}  # type: ignore[index]  # a plain dict
+    about = {**ABOUT, "inputs": [mask, wider], "serving": {**ABOUT["serving"], "latency_budget_ms": 40.0}}  # type: ignore[dict-item]  # a plain dict
     found = compare(
         opened(tmp_path / "a", [record("t4")]), opened(tmp_path / "b", [record("t4")], about, version="1.3.0")
     )

@@ -139,7 +139,7 @@ def test_securesystemslib(document: bytes, pair: KeyPair, other_pair: KeyPair) -
 
     def judge(document: bytes, key: KeyPair) -> bool:
         public = load_pem_public_key(key.public.read_bytes())
-        trusted = SSlibKey.from_crypto(public, keyid=pair.key.public.id)  # type: ignore[arg-type]
+        trusted = SSlibKey.from_crypto(public, keyid=pair.key.public.id)  # type: ignore[arg-type]  # wider than its stub
         envelope = Envelope.from_dict(json.loads(document)["dsseEnvelope"])
         try:
             return len(envelope.verify([trusted], threshold=1)) == 1

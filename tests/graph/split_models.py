@@ -25,7 +25,7 @@ def export_bert(path: Path, *, layers: int, width: int, heads: int, words: int, 
             self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
             self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-        def forward(self, x, mask):  # type: ignore[no-untyped-def]
+        def forward(self, x, mask):  # type: ignore[no-untyped-def]  # torch traces it
             batch, steps, _ = x.shape
             q, k, v = (part(x).view(batch, steps, heads, width // heads).transpose(1, 2) for part in self.qkvo[:3])
             weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // heads) + mask, -1)
@@ -40,7 +40,7 @@ def export_bert(path: Path, *, layers: int, width: int, heads: int, words: int, 
             self.layers = nn.ModuleList(Layer() for _ in range(layers))
             self.pool = nn.Linear(width, width)
 
-        def forward(self, ids, mask):  # type: ignore[no-untyped-def]
+        def forward(self, ids, mask):  # type: ignore[no-untyped-def]  # torch traces it
             bias = (1 - mask[:, None, None, :].float()) * -1e4
             x = self.words(ids) + self.places(torch.arange(ids.shape[1])[None])
             for layer in self.layers:

@@ -58,7 +58,7 @@ def test_external_weights_are_copied_to_the_stages_that_need_them(tmp_path: Path
         write_split(packaged("squeezenet").parent / "light_bvlc_alexnet.onnx", plan_big(), tmp_path / "t")
 
 
-def plan_big():  # type: ignore[no-untyped-def]
+def plan_big():  # type: ignore[no-untyped-def]  # a fixture of many types
     return plan_split(read_layers(packaged("densenet121")), Balanced(2))
 
 

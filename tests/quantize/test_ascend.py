@@ -79,14 +79,14 @@ class Plugin:
         quantized = np.clip(np.rint(x.astype(np.float64) * attributes["scale"] + attributes["offset"]), -128, 127)
         return quantized.astype(np.int8), attributes["offset"]
 
-    def AscendDequant(self, attributes: dict[str, Any], x: Array, scale: Array) -> Array:  # noqa: N802
+    def AscendDequant(self, attributes: dict[str, Any], x: Array, scale: Array) -> Array:  # noqa: N802  # an operator's name
         del attributes
         assert scale.dtype == np.uint64
         assert x.dtype == np.int64
         factor = (scale & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
         return np.asarray(x * factor.reshape(-1, *[1] * (x.ndim - 2 if scale.size > 1 else 0)), np.float32)
 
-    def Conv(self, attributes: dict[str, Any], x: Any, weight: Array, bias: Array) -> Array:  # noqa: N802
+    def Conv(self, attributes: dict[str, Any], x: Any, weight: Array, bias: Array) -> Array:  # noqa: N802  # an operator's name
         """Padding is the quantized zero, which the offset is: Conv2D's offset_x."""
         del attributes
         values, offset = x
@@ -96,12 +96,12 @@ class Plugin:
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
         return np.asarray(np.einsum("nchwij,ocij->nohw", windows, weight.astype(np.int64)) + bias.reshape(1, -1, 1, 1))
 
-    def Gemm(self, attributes: dict[str, Any], x: Any, weight: Array, bias: Array) -> Array:  # noqa: N802
+    def Gemm(self, attributes: dict[str, Any], x: Any, weight: Array, bias: Array) -> Array:  # noqa: N802  # an operator's name
         del attributes
         assert bias.dtype == np.int32
         return np.asarray((x[0].astype(np.int64) - int(x[1])) @ weight.astype(np.int64).T + bias)
 
-    def MatMul(self, attributes: dict[str, Any], x: Any, weight: Array) -> Array:  # noqa: N802
+    def MatMul(self, attributes: dict[str, Any], x: Any, weight: Array) -> Array:  # noqa: N802  # an operator's name
         del attributes
         return np.asarray((x[0].astype(np.int64) - int(x[1])) @ weight.astype(np.int64))
 
@@ -241,7 +241,7 @@ def test_the_opset_is_said_as_low_as_it_is_true(
 ) -> None:
     weights = {"w": normal(5, 6), "shape": np.array([-1, 6], np.int64)}
     every = [N("MatMul", ["x", "w"], ["m"], name="matmul"), *nodes]
-    model = write(tmp_path / "m.onnx", every, {"x": ["n", 5]}, {"y": ["n", None]}, weights, opset)  # type: ignore[list-item]
+    model = write(tmp_path / "m.onnx", every, {"x": ["n", 5]}, {"y": ["n", None]}, weights, opset)  # type: ignore[list-item]  # names and numbers
     feed = {"x": normal(2, 5)}
     native = lowered(tmp_path, model, feed)
     assert onnx.load(native).opset_import[0].version == stated

@@ -35,9 +35,9 @@ class Handler(BaseHTTPRequestHandler):
             self.serve(kind, name)
 
     do_HEAD = do_GET  # noqa: N815 - http.server's names
-    do_POST = do_GET  # noqa: N815
-    do_PUT = do_GET  # noqa: N815
-    do_PATCH = do_GET  # noqa: N815
+    do_POST = do_GET  # noqa: N815  # http.server's names
+    do_PUT = do_GET  # noqa: N815  # http.server's names
+    do_PATCH = do_GET  # noqa: N815  # http.server's names
 
     def serve(self, kind: str, name: str) -> None:
         """The honest answer."""

@@ -28,7 +28,7 @@ SIZE = 40_000_000
 
 
 @pytest.fixture
-def bundle(make_bundle: MakeBundle) -> Bundle:  # type: ignore[override]
+def bundle(make_bundle: MakeBundle) -> Bundle:  # type: ignore[override]  # a larger one here
     """Large enough that most of the time goes into the transfer: 60 MB in a target, 100 MB in all."""
     return make_bundle(size=SIZE, targets=("a100", "t4"))
 

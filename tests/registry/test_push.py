@@ -248,5 +248,5 @@ def test_a_tag_of_a_variant_is_a_promise_too(
 class _Unconnected(Connection):
     """For what must be refused before anything is asked."""
 
-    def client(self, place: reference.Reference, *, writing: bool = False) -> None:  # type: ignore[override]
+    def client(self, place: reference.Reference, *, writing: bool = False) -> None:  # type: ignore[override]  # there is nothing to connect to
         return None

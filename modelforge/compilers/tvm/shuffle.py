@@ -141,12 +141,13 @@ class ForwardShuffles(Mutator):  # type: ignore[misc]  # TVM ships no types
             return relax.const(np.ascontiguousarray(constant_value(bound).take(order, axis)))
         if op_name(bound) != "relax.dequantize":
             return None
-        arrays = [self._constant(argument) for argument in bound.args]
-        if any(array is None for array in arrays):
+        arrays = [array for argument in bound.args if (array := self._constant(argument)) is not None]
+        if len(arrays) < len(bound.args):
             return None
-        along = int(bound.attrs.axis) % (arrays[0].ndim or 1) == axis  # type: ignore[union-attr]  # None is out
-        moved = [arrays[0].take(order, axis)]  # type: ignore[union-attr]
-        moved += [array.take(order) if along and array.size > 1 else array for array in arrays[1:] if array is not None]
+        values, *parameters = arrays
+        along = int(bound.attrs.axis) % (values.ndim or 1) == axis
+        moved = [values.take(order, axis)]
+        moved += [each.take(order) if along and each.size > 1 else each for each in parameters]
         constants = [relax.const(np.ascontiguousarray(array), str(array.dtype)) for array in moved]
         return self.builder_.emit(relax.Call(bound.op, constants, bound.attrs, bound.ty_args))
 

@@ -321,7 +321,7 @@ SPELL = {
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(LITERAL), st.lists(st.sampled_from(sorted(SPELL)), min_size=12, max_size=12), st.randoms())
-def test_spelling_and_order_change_nothing(text: str, spellings: list[str], random: st.random.Random) -> None:  # type: ignore[name-defined]
+def test_spelling_and_order_change_nothing(text: str, spellings: list[str], random: st.random.Random) -> None:  # type: ignore[name-defined]  # hypothesis's own
     before: Verdict = check(text)
     pairs = list(before.given.items())
     random.shuffle(pairs)

@@ -95,7 +95,7 @@ def test_control_characters_are_refused(sign: str, where: str) -> None:
         "out_nodes": {"out_nodes": (bad,)},
     }
     with pytest.raises(InputError):
-        AtcOptions(**values[where])  # type: ignore[arg-type]
+        AtcOptions(**values[where])  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_control_characters_are_refused(sign: str, where: str) -> None:
 )
 def test_what_cannot_be_written_faithfully_is_refused(values: dict[str, object]) -> None:
     with pytest.raises(InputError):
-        AtcOptions(**values)  # type: ignore[arg-type]
+        AtcOptions(**values)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_options_are_plain_values() -> None:

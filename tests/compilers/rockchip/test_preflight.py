@@ -39,7 +39,7 @@ def facts(tmp_path: Path, op: str = "Relu", opset: int = 17) -> ModelFacts:
 
 def rules(found: ModelFacts, tag: str = "rk3588", precision: str = "fp16", **changes: object) -> set[str]:
     arguments = {"inputs": INPUTS, "dims": DIMS, "options": {}, **changes}
-    refused = RockchipCompiler().supports(found, Registry().get(tag), precision, **arguments)  # type: ignore[arg-type]
+    refused = RockchipCompiler().supports(found, Registry().get(tag), precision, **arguments)  # type: ignore[arg-type]  # cases of several types
     assert all(each.what and each.fix for each in refused)
     return {each.rule for each in refused}
 

@@ -41,9 +41,9 @@ def torch(worker: ModuleType) -> Iterator[ModuleType]:
 
 
 def test_the_stand_in_is_subclassed_and_decorates(torch: ModuleType) -> None:
-    from torch import nn  # type: ignore[import-not-found,unused-ignore]
+    from torch import nn  # type: ignore[import-not-found,unused-ignore]  # an extra of this test
 
-    class Quantizer(nn.Module):  # type: ignore[misc,unused-ignore]
+    class Quantizer(nn.Module):  # type: ignore[misc,unused-ignore]  # untyped without torch
         pass
 
     @torch.no_grad()

@@ -109,7 +109,7 @@ def test_the_drivers_ask_before_any_build(tmp_path: Path) -> None:
 
 
 def test_switches_in_the_words_of_a_command_line() -> None:
-    asked = switches.read({"compute_capabilities": ["8.0"], "workspace_bytes": 7, "dla_core": 0}, gpu(75).arch)  # type: ignore[arg-type]
+    asked = switches.read({"compute_capabilities": ["8.0"], "workspace_bytes": 7, "dla_core": 0}, gpu(75).arch)  # type: ignore[arg-type]  # a GPU has an arch
     assert asked.capabilities == (75, 80)
     assert asked.words(TENSORRT_RTX) == [
         "--strongly-typed", "--compute-capability=SM75,SM80", "--workspace=7", "--dla-core=0", "--gpu-fallback",
