@@ -230,6 +230,11 @@ def written_dtype(sch: Any, block: Any) -> str:
     return str(sch.get(block).writes[0].source.dtype)
 
 
+def lanes_of(value: Any) -> int:
+    """Elements of a vector; 1 of a scalar."""
+    return int(tvm.DataType(value.ty.dtype).lanes)
+
+
 def block_name(sch: Any, block: Any) -> str:
     """A block's name; unique within its kernel."""
     return str(sch.get(block).name_hint)

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, Final
 
 from modelforge.compilers.tvm.api import structural_map, tirx, tvm
+from modelforge.compilers.tvm.arm import with_own_instructions
 
 NAME: Final = "modelforge"
 _STACK_BYTES: Final = 32 << 10
@@ -32,10 +33,15 @@ def _pipeline() -> Any:
         module = usual(module)
         for name, function in list(module.functions_items()):
             if isinstance(function, tirx.PrimFunc):
-                module[name] = function.with_body(_on_stack(function.body))
+                body = _on_stack(function.body)
+                module[name] = function.with_body(with_own_instructions(body) if _for_arm(function) else body)
         return module
 
     return lowered, host, device
+
+
+def _for_arm(function: Any) -> bool:
+    return "aarch64" in str(function.attrs["target"])
 
 
 def _on_stack(body: Any) -> Any:
