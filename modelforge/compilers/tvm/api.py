@@ -235,6 +235,16 @@ def lanes_of(value: Any) -> int:
     return int(tvm.DataType(value.ty.dtype).lanes)
 
 
+def is_choice(value: Any) -> bool:
+    """Whether this is an if_then_else of TIR."""
+    return str(getattr(getattr(value, "op", None), "name", "")) == "tirx.if_then_else"
+
+
+def variables(expression: Any) -> list[Any]:
+    """The variables of an expression of TIR."""
+    return list(tirx.analysis.undefined_vars(expression))
+
+
 def block_name(sch: Any, block: Any) -> str:
     """A block's name; unique within its kernel."""
     return str(sch.get(block).name_hint)

@@ -7,6 +7,7 @@ from typing import Any
 from modelforge.compilers.tvm.affine import FoldAffine
 from modelforge.compilers.tvm.api import graphs, relax, rewritten, target, tvm
 from modelforge.compilers.tvm.chains import LayerNorms
+from modelforge.compilers.tvm.coarse import CoarseSigmoids
 from modelforge.compilers.tvm.earlier import EarlierQuantize
 from modelforge.compilers.tvm.integer import to_integers
 from modelforge.compilers.tvm.kernels import rewriter
@@ -23,8 +24,8 @@ def lower(module: Any, machine: Machine) -> Any:
             module = rewritten(module, mutator)
         for mutator in (EarlierQuantize, ForwardShuffles):
             module = rewritten(module, mutator)
-        module = to_integers(module, machine)
-        return to_kernels(channels_last(module), machine)
+        module = channels_last(to_integers(module, machine))
+        return to_kernels(rewritten(module, CoarseSigmoids), machine)
 
 
 def to_kernels(module: Any, machine: Machine) -> Any:

@@ -9,8 +9,6 @@ DIALECT = Dialect(
     # The zero point's share of a sum is known when weights are packed, whatever multiplies: it costs nothing.
     symmetric=False,
     weighted=frozenset({"Conv", "Gemm", "MatMul"}),
-    # The first layer of an image model: about 1 % of the work, and all of its error reaches everything behind it.
-    fewest_channels=4,
     # What is read from memory should be bytes: the other branch of a residual sum, what is joined or moved.
     residual_add=True,
     shared_concat=True,

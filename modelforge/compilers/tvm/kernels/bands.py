@@ -65,13 +65,13 @@ def band_of(weight: Array, groups: int, dot: Dot, machine: Machine) -> Band:
         blocks = -(-columns // width)
         ends = [(block * width // outputs, min((block + 1) * width, columns) - 1) for block in range(blocks)]
         spans = max(last // outputs - first + 1 for first, last in ends)
-        length = _whole(spans * inputs, dot, machine)
+        length = whole(spans * inputs, dot, machine)
         found.append((length * blocks * width * (1 + _NARROW / vectors), vectors, length))
     _, vectors, length = min(found)
     return Band(vectors * dot.lanes, length, outputs, inputs, groups * inputs)
 
 
-def _whole(length: int, dot: Dot, machine: Machine) -> int:
+def whole(length: int, dot: Dot, machine: Machine) -> int:
     """A length of whole steps, of the longest that cost little."""
     longest = max(1, 16 // dot.group) * dot.group if machine.isa == "aarch64" else dot.depth
     for depth in (longest, longest // 2, dot.group):

@@ -3,7 +3,7 @@
 Idea: ``(q - zero) * w`` summed is ``q * w`` summed less ``zero * sum(w)``, which is known now: activations are
 multiplied as they lie in memory, pads hold the zero point, and the sums of a tile stay in registers until the fused
 epilogue makes the next layer's int8 of them. Where the instruction reads 16 bits, or the input has to be padded, a copy
-is made first.
+is made first. Where pixels have few channels, a row of the window is read as one run of bytes, and not pixel by pixel.
 Bound: one product step per instruction (:mod:`.dot`), two instructions a cycle.
 """
 
@@ -23,7 +23,7 @@ from modelforge.compilers.tvm.api import (
     te,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.bands import band_of
+from modelforge.compilers.tvm.kernels.bands import band_of, whole
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
@@ -75,20 +75,28 @@ def _convolve(
     channels, macs = window.data[3], window.data[0] * prod(window.size) * weight.size
     dot = dot_of(machine, channels)
     band = None
+    runs = groups == 1 and _has_runs(window, dot, machine)
     if groups > 1:
         band = band_of(weight, groups, dot, machine)
         weight, dot = band.weights(weight), dot_of(machine, band.length)
+    elif runs:
+        weight = _in_runs(weight, machine)
+        dot = dot_of(machine, weight.shape[3])
     depth = weight.shape[3]
     rows, tile = _tile(window, dot, machine, window.channels if band is None else band.width)
     columns = tile.rows // rows
     height, width = window.size
     tall, wide = _up(height, rows), _up(width, columns)
     packed = pack(weight, dot, tile.columns)
-    blocks, (kernel_height, kernel_width), parts = int(packed.value.shape[0]), window.kernel, int(packed.value.shape[3])
+    blocks, kernel_height, kernel_width, parts = (int(size) for size in packed.value.shape[:4])
     strides, dilation = window.strides, window.dilation
     zero, full = data.zero_for(dot), blocks * tile.columns
     top, left = window.padding[:2]
-    pads = [top, left, *window.padded_for(tall, wide), max(0, parts * dot.depth - channels)]
+    bottom, right = window.padded_for(tall, wide)
+    before, after = [0, top, left, 0], [0, bottom, right, max(0, parts * dot.depth - channels)]
+    if runs:
+        length = window.kernel[1] * channels
+        before, after = [0, top, left * channels], [0, bottom, right * channels + parts * dot.depth - length]
     attrs = {
         RULE: ConvolutionInt8.name,
         MACS: macs,
@@ -96,16 +104,19 @@ def _convolve(
     }
 
     def compute(stored: Any, weight: Any) -> Any:
-        operand = as_operand(stored, dot, data.zero, zero, pads)
+        operand = as_operand(stored, dot, data.zero, zero, before, after, runs=runs)
         ry, rx, rk = (
             te.reduce_axis((0, size), name)
             for name, size in (("ry", kernel_height), ("rx", kernel_width), ("rk", parts))
         )
         inner = [te.reduce_axis((0, size), name) for name, size in zip(("rj", "ri"), dot.axes, strict=False)]
 
-        def channel(c: Any) -> Any:
+        def activation(x: Any, c: Any) -> tuple[Any, ...]:
+            channel = rk * dot.depth + dot.of_activations(inner)
+            if runs:
+                return (x * strides[1] * channels + channel,)
             first = 0 if band is None else band.start(c // band.width)
-            return first + rk * dot.depth + dot.of_activations(inner)
+            return x * strides[1] + rx * dilation[1], first + channel
 
         sums = te.compute(
             (window.data[0], tall, wide, full),
@@ -113,8 +124,7 @@ def _convolve(
                 operand[
                     n,
                     y * strides[0] + ry * dilation[0],
-                    x * strides[1] + rx * dilation[1],
-                    channel(c),
+                    *activation(x, c),
                 ].astype("int32")
                 * weight[
                     c // tile.columns,
@@ -134,6 +144,23 @@ def _convolve(
 
     start = data.start(weight, dot, full)
     return emit_from(builder, compute, data.stored, packed, start=start, name="convolution_int8", pattern=OUT_FUSIBLE)
+
+
+def _has_runs(window: Window, dot: Dot, machine: Machine) -> bool:
+    """Whether the rows of a window, each as one run of bytes, take no more steps than filled up pixels."""
+    channels, width = window.data[3], window.kernel[1]
+    if width == 1 or window.dilation[1] != 1 or channels % dot.depth == 0:
+        return False
+    return whole(width * channels, dot_of(machine, 1), machine) <= width * _up(channels, dot.depth)
+
+
+def _in_runs(weight: np.ndarray[Any, Any], machine: Machine) -> np.ndarray[Any, Any]:
+    """OHWI as [O, H, 1, W * I], filled up with zeros to whole steps."""
+    outputs, height, width, inputs = weight.shape
+    length = width * inputs
+    found = np.zeros((outputs, height, 1, whole(length, dot_of(machine, 1), machine)), weight.dtype)
+    found[:, :, 0, :length] = weight.reshape(outputs, height, length)
+    return found
 
 
 def _tile(window: Window, dot: Dot, machine: Machine, channels: int) -> tuple[int, tiles.Tile]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from math import gcd, prod
 from typing import Any, Final
 
-from modelforge.compilers.tvm.api import DATA_PARALLEL, block_name, blocks, extent, is_reduction, written_dtype
+from modelforge.compilers.tvm.api import (
+    DATA_PARALLEL,
+    block_name,
+    blocks,
+    extent,
+    is_choice,
+    is_reduction,
+    variables,
+    written_dtype,
+)
 from modelforge.compilers.tvm.machine import Machine
 
 PARALLEL_WORK: Final = 16384
@@ -78,7 +87,7 @@ def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32
     *outer, last = loops
     count = extent(sch, last)
     width = vector_width(count, lanes)
-    cut = count > lanes and 2 * width < lanes
+    cut = count > lanes and (2 * width < lanes or has_border(sch, block))
     width = lanes if cut else width
     rest = last
     if width > 1:
@@ -90,6 +99,15 @@ def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32
     else:
         spread(sch, [*outer, rest], work, machine)
     return int(width)
+
+
+def has_border(sch: Any, block: Any) -> bool:
+    """Whether a block pads along its last axis: the lanes of a vector would not all do the same."""
+    body = sch.get(block)
+    value = body.body.value if hasattr(body.body, "value") else None
+    if not is_choice(value):
+        return False
+    return any(var.same_as(body.iter_vars[-1].var) for var in variables(value.args[0]))
 
 
 def same_order(sch: Any, block: Any) -> bool:

@@ -5,6 +5,7 @@ The graph says ``astype(q, int16) - zero_point`` where a sum over int8 stands: t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -57,33 +58,41 @@ def activations_of(value: Any, builder: Any) -> Activations | None:
     return Activations(stored, int(constant_value(zero).reshape(-1)[0]))
 
 
-def as_operand(stored: Any, dot: Dot, zero: int, operand_zero: int, pads: list[int]) -> Any:
-    """The activations [n, y, x, c] as the instruction reads them, padded by [top, left, bottom, right, channels].
+def as_operand(
+    stored: Any,
+    dot: Dot,
+    zero: int,
+    operand_zero: int,
+    before: Sequence[int],
+    after: Sequence[int],
+    *,
+    runs: bool = False,
+) -> Any:
+    """The activations as the instruction reads them, padded along each axis; with ``runs`` the last two axes are one.
 
     The same tensor where it can be read as it is.
     """
-    if stored.dtype == dot.operand and not any(pads):
+    if stored.dtype == dot.operand and not runs and not any((*before, *after)):
         return stored
-    top, left, bottom, right, more = pads
-    batch, height, width, channels = (int(size) for size in stored.shape)
+    sizes = [int(size) for size in stored.shape]
+    channels = sizes[-1]
+    if runs:
+        sizes = [*sizes[:-2], sizes[-2] * channels]
     offset = operand_zero - zero
 
-    def element(n: Any, y: Any, x: Any, c: Any) -> Any:
-        found = stored[n, y - top, x - left, c]
+    def element(*at: Any) -> Any:
+        own = [position - low for position, low in zip(at, before, strict=True)]
+        found = stored[(*own[:-1], own[-1] // channels, own[-1] % channels) if runs else tuple(own)]
         if stored.dtype != dot.operand:
             found = (found.astype("int16") + tirx.const(offset, "int16")).astype(dot.operand)
-        inside = [
-            *([y >= top] if top else []),
-            *([y < top + height] if bottom else []),
-            *([x >= left] if left else []),
-            *([x < left + width] if right else []),
-            *([c < channels] if more else []),
-        ]
+        inside: list[Any] = []
+        for position, low, size, high in zip(at, before, sizes, after, strict=True):
+            inside += [position >= low] if low else []
+            inside += [position < low + size] if high else []
         return tirx.if_then_else(tirx.all(*inside), found, tirx.const(operand_zero, dot.operand)) if inside else found
 
-    return te.compute(
-        (batch, top + height + bottom, left + width + right, channels + more), element, name="pad_operand"
-    )
+    shape = tuple(low + size + high for low, size, high in zip(before, sizes, after, strict=True))
+    return te.compute(shape, element, name="pad_operand")
 
 
 def _bound(value: Any, builder: Any) -> Any:
