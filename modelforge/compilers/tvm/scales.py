@@ -13,6 +13,7 @@ import numpy as np
 from modelforge.compilers.tvm.api import (
     Mutator,
     bindings,
+    computed_by,
     constant_value,
     dtype_of,
     is_constant,
@@ -139,8 +140,14 @@ class FoldScales(Mutator):  # type: ignore[misc]  # TVM ships no types
                 started = self._started(value, factor, np.array(offset)) if offset else None
                 if started is not None:
                     return started
-                moved = (constant.astype(np.float64) * factor).astype(np.float32)
-                return self._plus(relax.op.multiply(self._read(first), relax.const(moved)), offset)
+                wanted = constant.astype(np.float64) * factor
+                product = self._in_product(first, wanted)
+                if product is None:
+                    product = relax.op.multiply(self._read(first), relax.const(wanted.astype(np.float32)))
+                return self._plus(product, offset)
+            product = self._in_product(value, np.array(factor))
+            if product is not None:
+                return self._plus(product, offset)
         if given is not None and name == "relax.nn.relu":
             inner = self._emit(self._scaled(given.args[0], factor, 0.0))
             return self._plus(relax.op.maximum(inner, relax.const(0.0, "float32")), offset)
@@ -148,6 +155,23 @@ class FoldScales(Mutator):  # type: ignore[misc]  # TVM ships no types
         if bound is not None and op_name(bound) == "relax.dequantize" and self._is_whole(bound):
             return self._affine(bound, factor, offset)
         return self._plus(relax.op.multiply(self._read(value), relax.const(factor, "float32")), offset)
+
+    def _in_product(self, value: Any, factor: Array) -> Any | None:
+        """``value * factor`` of a product with scaled int32 sums, which have a factor; None for others."""
+        given = self._only(value)
+        if given is None or op_name(given) != "relax.multiply" or factor.size != 1:
+            return None
+        operands = [self._read(argument) for argument in given.args]
+        for at, operand in enumerate(operands):
+            scaled = computed_by(operand, self.builder_)
+            if op_name(scaled) != "relax.multiply":
+                continue
+            wide, constant = (computed_by(argument, self.builder_) for argument in scaled.args)
+            if op_name(wide) == "relax.astype" and dtype_of(wide.args[0]) == "int32" and is_constant(constant):
+                moved = constant_value(constant).astype(np.float64) * factor.reshape(())
+                own = self._emit(relax.op.multiply(scaled.args[0], relax.const(moved.astype(np.float32))))
+                return relax.op.multiply(own, operands[1 - at])
+        return None
 
     def _added(self, call: Any) -> Any | None:
         """``sums * scale + constant``; several such of the same sums differ by what is added to the first."""
