@@ -29,7 +29,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
     written_dtype,
 )
-from modelforge.compilers.tvm.kernels.loops import same_order, spread, vector_width
+from modelforge.compilers.tvm.kernels.loops import partition, same_order, spread, vector_width
 from modelforge.compilers.tvm.machine import Machine
 
 _UNROLLED: Final = 128
@@ -59,12 +59,18 @@ class Copies:
         if turned is not None:
             return _transpose(sch, loops, turned, lanes, work, machine)
         *outer, last = loops
-        width = vector_width(extent(sch, last), lanes)
-        if width == 1 or extent(sch, last) // width * len(sch.get(block).reads) > _UNROLLED:
+        count = extent(sch, last)
+        width = vector_width(count, lanes)
+        cut = 2 * width < lanes <= count
+        width = lanes if cut else width
+        if width == 1:
             return None
         rest, vector = sch.split(last, factors=[None, width])
         sch.vectorize(vector)
-        sch.unroll(rest)
+        if cut or count // width * len(sch.get(block).reads) > _UNROLLED:
+            partition(sch, rest)
+        else:
+            sch.unroll(rest)
         spread(sch, outer, work, machine)
         return f"rows of {extent(sch, rest)}x{width}"
 
