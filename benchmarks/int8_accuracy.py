@@ -27,7 +27,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from modelforge.forge import worker
 from modelforge.graph.prepare import prepare
 
-DIALECTS = ("onnxruntime-x86", "tensorrt", "ascend")
+DIALECTS = ("onnxruntime-x86", "tensorrt", "ascend", "tvm")
 BATCH = 8
 FRESH = 512
 """Lines in a fresh set, with --quick too."""

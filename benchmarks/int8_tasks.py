@@ -72,7 +72,7 @@ def rec_task(count: int = 512) -> Task:
 
     calibration, _ = _rendered(32, seed=11, width=320)
     evaluation, truth = fresh("rec4", 12, count)
-    allowed = {"onnxruntime-x86": 0.005, "tensorrt": 0.01, "ascend": 0.01}
+    allowed = {"onnxruntime-x86": 0.005, "tensorrt": 0.01, "ascend": 0.01, "tvm": 0.005}
     shapes: dict[str, tuple[int | str, ...]] = {"x": ("batch", 3, 48, 320)}
     return Task("rec4", model, shapes, calibration, evaluation, truth, exact, "exact match", allowed)
 
@@ -82,7 +82,7 @@ def cls_task(count: int = 512) -> Task:
     model = packaged("rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx")
     calibration, _ = _turned(*_rendered(32, seed=21, width=192, hard=True))
     evaluation, labels = fresh("cls", 22, count)
-    allowed = dict.fromkeys(("onnxruntime-x86", "tensorrt", "ascend"), 0.0025)
+    allowed = dict.fromkeys(("onnxruntime-x86", "tensorrt", "ascend", "tvm"), 0.0025)
     shapes: dict[str, tuple[int | str, ...]] = {"x": ("batch", 3, 48, 192)}
     return Task("cls", model, shapes, calibration, evaluation, labels, _top1, "top1", allowed)
 
@@ -112,7 +112,7 @@ def magika_task(count: int = 400, each: int = 24) -> Task:
     truth = np.array([labels.index(SUFFIXES[path.suffix]) for path in files])
     known = 32
     taken = slice(known, known + count)
-    allowed = dict.fromkeys(("onnxruntime-x86", "tensorrt", "ascend"), 0.0025)
+    allowed = dict.fromkeys(("onnxruntime-x86", "tensorrt", "ascend", "tvm"), 0.0025)
     shapes: dict[str, tuple[int | str, ...]] = {"bytes": ("batch", 2048)}
     model = folder / "model.onnx"
     return Task("magika", model, shapes, features[:known], features[taken], truth[taken], _top1, "top1", allowed)
@@ -123,7 +123,7 @@ def yolo_task(count: int = 160) -> Task:
     photos = _photographs()
     images = [_composition(np.random.RandomState(4000 + index), photos) for index in range(count + 32)]
     stack = np.stack(images)
-    allowed = dict.fromkeys(("onnxruntime-x86", "tensorrt", "ascend"), 0.02)
+    allowed = dict.fromkeys(("onnxruntime-x86", "tensorrt", "ascend", "tvm"), 0.02)
     shapes: dict[str, tuple[int | str, ...]] = {"images": ("batch", 3, 320, 320)}
     model = packaged("nudenet/320n.onnx")
     return Task("320n", model, shapes, stack[:32], stack[32:], None, detection_agreement, "agreement", allowed)

@@ -53,7 +53,7 @@ class CoarseSigmoids(Mutator):  # type: ignore[misc]  # TVM ships no types
         return self._become_bytes[variable]
 
     def _ends(self, reader: Any) -> bool:
-        given = self._given.get(reader)
+        given: Any = self._given.get(reader)
         if op_name(given) == "relax.astype":
             rounded = self._given.get(given.args[0], given.args[0])
             return dtype_of(given) in _BYTES and op_name(rounded) != ""

@@ -104,10 +104,8 @@ def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32
 def has_border(sch: Any, block: Any) -> bool:
     """Whether a block pads along its last axis: the lanes of a vector would not all do the same."""
     body = sch.get(block)
-    value = body.body.value if hasattr(body.body, "value") else None
-    if not is_choice(value):
-        return False
-    return any(var.same_as(body.iter_vars[-1].var) for var in variables(value.args[0]))
+    value: Any = getattr(body.body, "value", None)
+    return is_choice(value) and any(var.same_as(body.iter_vars[-1].var) for var in variables(value.args[0]))
 
 
 def same_order(sch: Any, block: Any) -> bool:

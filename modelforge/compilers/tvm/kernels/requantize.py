@@ -43,19 +43,23 @@ class Requantize:
         rounded = computed_by(call.args[0], builder)
         if dtype not in _BOUNDS or op_name(rounded) != "relax.round" or dtype_of(rounded) != "float32":
             return None
-        low, high = _BOUNDS[dtype]
+        bounds: list[tuple[str, float]] = []
         value = rounded.args[0]
         for name in ("relax.minimum", "relax.maximum"):
             clipped = computed_by(value, builder)
-            bound = _number(clipped, builder) if op_name(clipped) == name else None
+            bound = _number(clipped.args[1], builder) if op_name(clipped) == name else None
             if bound is None:
                 return None
-            low, high = (max(low, bound), high) if name == "relax.maximum" else (low, min(high, bound))
+            bounds.append((name, bound))
             value = clipped.args[0]
-
-        low, zero = min(low, high), 0
+        zero = 0
         if machine.isa == "aarch64":
             value, zero = _without_zero(value, builder)
+        low, high = _BOUNDS[dtype]
+        for name, bound in bounds:
+            steps = int(np.rint(bound - zero)) + zero  # rounded as what it clips will be: rounding keeps the order
+            low, high = (max(low, steps), high) if name == "relax.maximum" else (low, min(high, steps))
+        low = min(low, high)
 
         def compute(data: Any) -> Any:
             return te.compute(
@@ -74,11 +78,10 @@ def _without_zero(value: Any, builder: Any) -> tuple[Any, int]:
     added = computed_by(value, builder)
     if op_name(added) != "relax.add":
         return value, 0
-    number = computed_by(added.args[1], builder)
-    if not is_constant(number) or constant_value(number).size != 1:
+    zero = _number(added.args[1], builder)
+    if zero is None or not zero.is_integer() or abs(zero) > _FARTHEST_ZERO:
         return value, 0
-    zero = float(constant_value(number).reshape(-1)[0])
-    return (added.args[0], int(zero)) if zero.is_integer() and abs(zero) <= _FARTHEST_ZERO else (value, 0)
+    return added.args[0], int(zero)
 
 
 def _byte(x: Any, dtype: str, low: int, high: int, zero: int, machine: Machine) -> Any:
@@ -101,9 +104,9 @@ def _clip(x: Any, low: int, high: int) -> Any:
     return tirx.max(tirx.min(x, tirx.const(high, x.ty.dtype)), tirx.const(low, x.ty.dtype))
 
 
-def _number(clip: Any, builder: Any) -> int | None:
-    """The bound of a clip, rounded as what it clips will be: rounding keeps the order."""
-    bound = clip.args[1] if is_constant(clip.args[1]) else computed_by(clip.args[1], builder)
-    if not is_constant(bound) or constant_value(bound).size != 1:
+def _number(value: Any, builder: Any) -> float | None:
+    """The number that a constant of one element is."""
+    constant = computed_by(value, builder)
+    if not is_constant(constant) or constant_value(constant).size != 1:
         return None
-    return int(np.rint(constant_value(bound).reshape(-1)[0]))
+    return float(constant_value(constant).reshape(-1)[0])

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from math import prod
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from modelforge.compilers.tvm.machine import Machine
+from modelforge.target import Registry
+from tests.compilers.tvm.models import Build, needs_qemu
 
 pytest.importorskip("tvm")
 
-from tests.compilers.tvm.kernels.integer_layers import Layers, compiled, reference, rules, run, spread, steps_apart
+from tests.compilers.tvm.kernels.integer_layers import (
+    Layers,
+    compiled,
+    imported,
+    reference,
+    rules,
+    run,
+    spread,
+    steps_apart,
+)
 from tests.compilers.tvm.kernels.machines import AVX2, AVX512, MACHINES, runnable
 
 
@@ -120,3 +135,50 @@ def test_sums_do_not_saturate(machine: Machine) -> None:
     ours = run(compiled(layers.model(), machine)[0], x)
     np.testing.assert_allclose(ours, reference(layers.model(), x), rtol=1e-6)
     assert ours.max() == pytest.approx(576, rel=1e-3)
+
+
+FIRST = [
+    ((1, 3, 23, 61), (7, 7), 2),
+    ((2, 3, 14, 30), (3, 3), 2),
+    ((1, 1, 12, 21), (5, 5), 1),
+    ((1, 6, 9, 17), (1, 3), 1),
+]
+"""Images of few channels: a row of a window is one run of bytes."""
+
+
+@pytest.mark.parametrize("machine", runnable(AVX512, AVX2))
+@pytest.mark.parametrize(("shape", "kernel", "stride"), FIRST)
+def test_first_layers(shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: int, machine: Machine) -> None:
+    layers, scale = layer(shape, 16, kernel, stride, pad=kernel[0] // 2, zero=-9)
+    x = layers.rng.normal(size=shape).astype(np.float32)
+    executable, reports = compiled(layers.model(), machine)
+    assert rules(reports) == {"convolution-int8"}
+    assert steps_apart(run(executable, x), reference(layers.model(), x), scale) <= 1
+
+
+@pytest.mark.parametrize("tag", ["cortex-a76", "cortex-a53"])
+@pytest.mark.parametrize(("shape", "kernel", "stride"), FIRST[::2])
+def test_first_layers_on_arm(
+    shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: int, tag: str, build: Build, tmp_path: Path
+) -> None:
+    needs_qemu()
+    layers, scale = layer(shape, 16, kernel, stride, pad=kernel[0] // 2, zero=-9)
+    x = layers.rng.normal(size=shape).astype(np.float32)
+    built = build(layers.model(), Registry().get(tag), {"x": shape}, {}, "int8")
+    (ours,) = built.run({"x": x}, tmp_path)[0].values()
+    assert steps_apart(ours, reference(layers.model(), x), scale) <= 1
+
+
+def test_three_channels_are_not_filled_up_to_four() -> None:
+    """7x7 of 3: 21 bytes a row, 24 with the last step, where 4 bytes for each pixel would be 28."""
+    from modelforge.compilers.tvm import lowering
+    from modelforge.compilers.tvm.api import kernels
+
+    layers, _ = layer((1, 3, 32, 32), 16, (7, 7), 2, pad=3)
+    module = lowering.lower(imported(layers.model()), MACHINES["cortex-a76"])
+    (first,) = [body for name, body in kernels(module) if "convolution_int8" in name.name_hint]
+    sizes = [
+        prod(int(size) for size in re.findall(r"\d+(?=\)|,)", shape))
+        for shape in re.findall(r'param_\d+: T\.Buffer\(\((.*?)\), "int8"\)', first.script())
+    ]
+    assert sizes == [16 * 7 * 24]
