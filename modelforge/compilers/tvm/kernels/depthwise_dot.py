@@ -124,7 +124,7 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
     height, wide = window.size[0], _up(window.size[1], tile.columns)
     tall = _up(height, tile.rows)
     top, left = window.padding[:2]
-    count = max(2, groups.pixels(wide))  # TVM takes an axis of one for none
+    count = _up(groups.pixels(wide), 2)
     bottom, right = window.padded_for(tall, wide)[0], max(0, 2 * count + 2 - left - wide_in)
     strides, dilation = window.strides, window.dilation
     packed = relax.const(groups.pack(weight[..., 0], columns))
@@ -134,8 +134,8 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
         TILE: [tile.rows, tile.columns, tile.vectors, dot.lanes, width],
     }
 
-    def compute(stored: Any, weight: Any) -> Any:
-        operand = _padded(stored, dot, data.zero, data.zero_for(dot), (top, left, bottom, right))
+    def compute(stored: Any, weight: Any, blank: Any) -> Any:
+        operand = _padded(stored, dot, data, (top, left, bottom, right), blank)
         turned = te.compute(
             (batch, int(operand.shape[1]), channels // width, count * width * 4),
             lambda n, y, b, i: operand[n, y, i // (width * 4) * 2 + i % 4, b * width + i // 4 % width],
@@ -162,28 +162,33 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
         )
         return finished((batch, *window.size, channels), sums)
 
+    blank = relax.const(np.full(width, data.zero_for(dot), dot.operand))
     start = data.start(weight, dot, channels)
-    return emit_from(builder, compute, data.stored, packed, start=start, name="depthwise_dot", pattern=OUT_FUSIBLE)
+    return emit_from(
+        builder, compute, data.stored, packed, blank, start=start, name="depthwise_dot", pattern=OUT_FUSIBLE
+    )
 
 
-def _padded(stored: Any, dot: Dot, zero: int, operand_zero: int, padding: tuple[int, int, int, int]) -> Any:
-    """The activations as the instruction reads them, with pixels of the zero point around them; or as they are."""
+def _padded(stored: Any, dot: Dot, data: Activations, padding: tuple[int, int, int, int], blank: Any) -> Any:
+    """The activations as the instruction reads them, with pixels of the zero point around them; or as they are.
+
+    Beside the image those are read from memory (``blank``): LLVM would make other instructions of constants there.
+    """
     if stored.dtype == dot.operand and not any(padding):
         return stored
     batch, height, width, channels = (int(size) for size in stored.shape)
     top, left, bottom, right = padding
+    zero = data.zero_for(dot)
 
     def element(n: Any, y: Any, x: Any, c: Any) -> Any:
         found = stored[n, y - top, x - left, c]
         if stored.dtype != dot.operand:
-            found = (found.astype("int16") + tirx.const(operand_zero - zero, "int16")).astype(dot.operand)
-        inside = [
-            *([y >= top] if top else []),
-            *([y < top + height] if bottom else []),
-            *([x >= left] if left else []),
-            *([x < left + width] if right else []),
-        ]
-        return tirx.if_then_else(tirx.all(*inside), found, tirx.const(operand_zero, dot.operand)) if inside else found
+            found = (found.astype("int16") + tirx.const(zero - data.zero, "int16")).astype(dot.operand)
+        across = [*([x >= left] if left else []), *([x < left + width] if right else [])]
+        down = [*([y >= top] if top else []), *([y < top + height] if bottom else [])]
+        if across:
+            found = tirx.if_then_else(tirx.all(*across), found, blank[c % blank.shape[0]])
+        return tirx.if_then_else(tirx.all(*down), found, tirx.const(zero, dot.operand)) if down else found
 
     return te.compute((batch, top + height + bottom, left + width + right, channels), element, name="pad_operand")
 
@@ -210,13 +215,14 @@ def _turn(sch: Any, groups: Any, loop: Any, width: int) -> Any:
     made = sch.blockize(lane)  # before it moves: TVM takes blocks of rows that overlap for blocks that do not
     sch.tensorize(made, _turned(str(sch.get(groups).writes[0].source.dtype), width))
     sch.compute_at(made, loop, preserve_unit_loops=True)
+    sch.unroll(sch.split(sch.get_loops(made)[-1], factors=[None, 2])[1])
     return made
 
 
 def _load(sch: Any, pad: Any, groups: Any) -> None:
     """Bring the pixels of a group, or what pads the image, into registers."""
-    x = sch.get_loops(groups)[-1]
-    sch.compute_at(pad, x, preserve_unit_loops=True)
+    x, step = sch.get_loops(groups)[-2:]
+    sch.compute_at(pad, step, preserve_unit_loops=True)
     *_, pixel, lanes = sch.get_loops(pad)
     sch.unroll(pixel)
     sch.vectorize(lanes)
