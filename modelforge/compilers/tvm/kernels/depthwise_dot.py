@@ -221,12 +221,13 @@ def _turn(sch: Any, groups: Any, loop: Any, width: int) -> Any:
 
 def _load(sch: Any, pad: Any, groups: Any) -> None:
     """Bring the pixels of a group, or what pads the image, into registers."""
-    x, step = sch.get_loops(groups)[-2:]
+    row, _, x, step = sch.get_loops(groups)[-4:]
     sch.compute_at(pad, step, preserve_unit_loops=True)
     *_, pixel, lanes = sch.get_loops(pad)
     sch.unroll(pixel)
     sch.vectorize(lanes)
     sch.set_scope(pad, 0, "local")
+    partition(sch, row)
     partition(sch, x)
 
 
