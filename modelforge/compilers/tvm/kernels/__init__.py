@@ -12,6 +12,7 @@ from modelforge.compilers.tvm.kernels import (
     convolution_int8,
     copies,
     depthwise,
+    depthwise_dot,
     depthwise_int8,
     elementwise,
     generic,
@@ -31,6 +32,7 @@ from modelforge.compilers.tvm.machine import Machine
 
 _ANCHORED: Final[tuple[Anchored, ...]] = (
     depthwise.Depthwise(),
+    depthwise_dot.DepthwiseDot(),
     depthwise_int8.DepthwiseInt8(),
     grouped.Grouped(),
     transposed.Transposed(),
