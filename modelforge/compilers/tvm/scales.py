@@ -19,6 +19,7 @@ from modelforge.compilers.tvm.api import (
     mutator,
     op_name,
     relax,
+    shape_of,
 )
 from modelforge.compilers.tvm.machine import Machine
 
@@ -195,7 +196,7 @@ class FoldScales(Mutator):  # type: ignore[misc]  # TVM ships no types
         convolution = self._only(sums)
         if self._machine.isa != "x86_64" or convolution is None or op_name(convolution) != "relax.nn.conv2d":
             return False
-        return int(convolution.attrs.groups) > 1
+        return 1 < int(convolution.attrs.groups) == (shape_of(convolution.args[0]) or (0, 0))[1]
 
     def _affine(self, call: Any, factor: float, offset: float) -> Any:
         """``DQ * factor + offset`` as one multiply-add."""

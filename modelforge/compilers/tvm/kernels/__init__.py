@@ -22,6 +22,7 @@ from modelforge.compilers.tvm.kernels import (
     products,
     requantize,
     rows,
+    shuffles,
     starts,
     transposed,
     winograd,
@@ -47,6 +48,7 @@ _ANCHORED: Final[tuple[Anchored, ...]] = (
     rows.RowReductions(),
     copies.Resize(),
     copies.Split(),
+    shuffles.Shuffles(),
     products.Products(),
 )
 GENERAL: Final[tuple[General, ...]] = (copies.Copies(), generic.Generic())

@@ -23,7 +23,7 @@ from modelforge.compilers.tvm.api import (
     te,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.bands import band_of
+from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, joined
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
@@ -55,15 +55,19 @@ class ConvolutionInt8:
         return _convolve(window, weight, data, builder, machine, groups)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, columns, vectors, depth = (int(value) for value in block_annotations(sch, anchor)[TILE])
+        rows, columns, vectors, depth, apart = (int(value) for value in block_annotations(sch, anchor)[TILE])
         dot = dot_of(machine, depth)
-        pads, after = neighbours(sch, anchor, machine)
-        out = after[-1]
-        batch, y, x, channel = sch.get_loops(out)
+        if apart:
+            pads, out = before_joining(sch, anchor, machine)
+            batch, y, x, group, channel = sch.get_loops(out)
+        else:
+            pads, after = neighbours(sch, anchor, machine)
+            out = after[-1]
+            batch, y, x, channel = sch.get_loops(out)
         y, y_tile = sch.split(y, factors=[None, rows])
         x, x_tile = sch.split(x, factors=[None, columns])
         block, channel = sch.split(channel, factors=[None, vectors * dot.lanes])
-        outer, tile = [block, batch, y, x], [y_tile, x_tile]
+        outer, tile = [group, batch, y, x, block] if apart else [block, batch, y, x], [y_tile, x_tile]
         store_products(sch, anchor, out, outer, tile, block, channel, vectors, dot, pads, machine)
         return f"{dot.name} {rows * columns}x{vectors * dot.lanes}"
 
@@ -76,9 +80,9 @@ def _convolve(
     dot = dot_of(machine, channels)
     band = None
     if groups > 1:
-        band = band_of(weight, groups, dot, machine)
+        band = band_of(weight, groups, machine)
         weight, dot = band.weights(weight), dot_of(machine, band.length)
-    depth = weight.shape[3]
+    depth, apart = weight.shape[3], band if band is not None and band.apart else None
     rows, tile = _tile(window, dot, machine, window.channels if band is None else band.width)
     columns = tile.rows // rows
     height, width = window.size
@@ -92,7 +96,7 @@ def _convolve(
     attrs = {
         RULE: ConvolutionInt8.name,
         MACS: macs,
-        TILE: [rows, columns, tile.vectors, depth],
+        TILE: [rows, columns, tile.vectors, depth, int(apart is not None)],
     }
 
     def compute(stored: Any, weight: Any) -> Any:
@@ -130,10 +134,12 @@ def _convolve(
             attrs=attrs,
         )
         shape = (window.data[0], height, width, window.channels)
-        return finished(shape, sums)
+        return finished(shape, sums) if apart is None else joined(shape, sums, apart)
 
     start = data.start(weight, dot, full)
-    return emit_from(builder, compute, data.stored, packed, start=start, name="convolution_int8", pattern=OUT_FUSIBLE)
+    own = None if apart is None else (apart.share, apart.outputs)
+    told: dict[str, Any] = {"start": start, "name": "convolution_int8", "pattern": OUT_FUSIBLE, "apart": own}
+    return emit_from(builder, compute, data.stored, packed, **told)
 
 
 def _tile(window: Window, dot: Dot, machine: Machine, channels: int) -> tuple[int, tiles.Tile]:
