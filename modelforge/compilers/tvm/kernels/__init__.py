@@ -49,6 +49,7 @@ _ANCHORED: Final[tuple[Anchored, ...]] = (
     copies.Resize(),
     copies.Split(),
     shuffles.Shuffles(),
+    shuffles.Phases(),
     products.Products(),
 )
 GENERAL: Final[tuple[General, ...]] = (copies.Copies(), generic.Generic())

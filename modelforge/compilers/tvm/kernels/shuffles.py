@@ -9,23 +9,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from modelforge.compilers.tvm.api import (
     OPAQUE,
     block_annotations,
+    computed_by,
     constant_value,
     emit_kernel,
     extent,
     is_constant,
+    numbers,
+    op_name,
     shape_of,
     te,
+    written_dtype,
 )
-from modelforge.compilers.tvm.kernels.loops import spread
+from modelforge.compilers.tvm.kernels.loops import spread, vector_width
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.machine import Machine
+
+_SHORT: Final = 8
+"""Elements of a run that fill no vector worth its loads and stores."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,58 @@ class Shuffles:
         sch.unroll(part)
         spread(sch, outer, work, machine)
         return f"{parts} parts"
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Pixels of all phases put in place: [N, H, W, down * right * C] as [N, H * down, W * right, C]."""
+
+    name: str = "phases"
+    operators: tuple[str, ...] = ("relax.reshape",)
+
+    def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
+        turned = computed_by(call.args[0], builder)
+        if op_name(turned) != "relax.permute_dims" or turned.attrs.axes is None:
+            return None
+        apart = computed_by(turned.args[0], builder)
+        if numbers(turned.attrs.axes) != (0, 1, 3, 2, 4, 5) or op_name(apart) != "relax.reshape":
+            return None
+        batch, height, width, down, right, channels = shape_of(apart) or ()
+        result = (batch, height * down, width * right, channels)
+        if shape_of(apart.args[0]) != (*result[:1], height, width, down * right * channels):
+            return None
+        if shape_of(builder.normalize(call)) != result:
+            return None
+        attrs = {RULE: self.name, MACS: 0, TILE: [down, right]}
+
+        def compute(data: Any) -> Any:
+            def element(n: Any, y: Any, x: Any, c: Any) -> Any:
+                return data[n, y // down, x // right, (y % down * right + x % right) * channels + c]
+
+            return te.compute(result, element, name="phases", attrs=attrs)
+
+        return emit_kernel(builder, compute, apart.args[0], name="phases", pattern=OPAQUE)
+
+    def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
+        down, right = (int(value) for value in block_annotations(sch, anchor)[TILE])
+        batch, y, x, channel = sch.get_loops(anchor)
+        work = prod(extent(sch, loop) for loop in (batch, y, x, channel))
+        y, down = sch.split(y, factors=[None, down])
+        x, right = sch.split(x, factors=[None, right])
+        run = sch.fuse(right, channel)
+        count, lanes = extent(sch, run), machine.lanes(written_dtype(sch, anchor))
+        if count < _SHORT:  # left to LLVM, as a shuffle's streams are
+            sch.reorder(x, down, run)
+            sch.unroll(down)
+            sch.unroll(run)
+            spread(sch, [batch, y], work, machine)
+            return f"pixels of {count}"
+        width = vector_width(count, lanes)
+        rest, vector = sch.split(run, factors=[None, width])
+        sch.vectorize(vector)
+        sch.unroll(rest)
+        spread(sch, [batch, y, down, x], work, machine)
+        return f"rows of {count // width}x{width}"
 
 
 def interleaved(order: np.ndarray[Any, Any], channels: int) -> tuple[int, int] | None:
