@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +31,7 @@ from modelforge.compilers.tvm.api import (
     tvm,
 )
 from modelforge.compilers.tvm.earlier import only_moves
+from modelforge.compilers.tvm.kernels.bands import band_of
 from modelforge.compilers.tvm.kernels.dot import has_unsigned_dot
 from modelforge.compilers.tvm.machine import Machine
 from modelforge.compilers.tvm.scales import BOUNDS, FoldScales
@@ -37,9 +39,8 @@ from modelforge.compilers.tvm.scales import BOUNDS, FoldScales
 Array = np.ndarray[Any, Any]
 
 
-_MOST_GROUPS: Final = 4
-"""Dot products do four times float's products a step: so many groups are no slower as one with zeros, which takes the
-order of shuffled channels into its weights."""
+_MOVED: Final = 8
+"""Products that take as long as moving a byte to its place in a shuffle: half an instruction of 16 (SDOT)."""
 
 
 def to_integers(module: Any, machine: Machine) -> Any:
@@ -79,7 +80,7 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
     def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
         self._type = "uint8" if has_unsigned_dot(machine) else "int8"
-        self._has_dot = bool(machine.dot)
+        self._machine = machine
         self._quantized: dict[Any, Quantized] = {}
         self._tuples: dict[Any, Quantized] = {}
         self._weights: dict[Any, Weight] = {}
@@ -199,10 +200,13 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
         if shape is None:
             return None
         if groups > 1 and not groups == shape[1] == len(values):
-            if not self._has_dot:
+            if not self._machine.dot:
                 return None
             before, order = self._unshuffled(data)
-            if order is not None and groups <= _MOST_GROUPS:
+            result = shape_of(self.builder_.normalize(call)) or ()
+            if order is not None and _is_dense_cheaper(
+                values, groups, prod(result) // len(values), prod(shape), self._machine
+            ):
                 values, groups = np.ascontiguousarray(_dense(values, groups)[:, np.argsort(order)]), 1
                 data = before
         sums = relax.op.nn.conv2d(
@@ -301,6 +305,19 @@ class Integers(Mutator):  # type: ignore[misc]  # TVM ships no types
             return None
         stored = relax.op.concat([each.stored for each in known if each is not None], axis=call.attrs.axis)
         return self._float(Quantized(self.builder_.emit(stored), first.scale, first.zero))
+
+
+def _is_dense_cheaper(weight: Array, groups: int, pixels: int, moved: int, machine: Machine) -> bool:
+    """Whether a convolution in groups behind a shuffle is less work as one of a single group, which takes the order of
+    its channels into its weights, than with a copy of so many bytes in front.
+
+    Args:
+        weight: [O, I of a group, H, W].
+        pixels: of the result.
+    """
+    band = band_of(weight.transpose(0, 2, 3, 1), groups, machine)
+    window = pixels * int(prod(weight.shape[2:]))
+    return window * len(weight) * band.channels <= window * band.products + moved * _MOVED
 
 
 def _dense(weight: Array, groups: int) -> Array:

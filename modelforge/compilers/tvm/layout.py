@@ -365,11 +365,19 @@ class ChannelsLast(Mutator):  # type: ignore[misc]  # TVM ships no types
     def _permute(self, call: Any) -> Any | None:
         twin = self._twin(call.args[0])
         if twin is None:
-            return None
+            return self._from_last(call)
         rank = len(twin.axes)
         wanted = numbers(call.attrs.axes) if call.attrs.axes is not None else tuple(reversed(range(rank)))
         moves = tuple(twin.axes.index(axis % rank) for axis in wanted)
         return twin.value if moves == tuple(range(rank)) else relax.op.permute_dims(twin.value, list(moves))
+
+    def _from_last(self, call: Any) -> Any | None:
+        """A permutation to the model's order of what lies channels last."""
+        if call.attrs.axes is None or numbers(call.attrs.axes) != (0, 3, 1, 2):
+            return None
+        plain = self.builder_.emit(call)
+        self._twins[plain] = Twin(call.args[0], LAST)
+        return plain
 
     def _reshape(self, call: Any) -> Any | None:
         """A reshape that only joins neighbours, or drops axes of one element, of a value in another order."""

@@ -13,6 +13,7 @@ from modelforge.compilers.tvm.integer import to_integers
 from modelforge.compilers.tvm.kernels import rewriter
 from modelforge.compilers.tvm.layout import channels_last
 from modelforge.compilers.tvm.machine import Machine
+from modelforge.compilers.tvm.phases import to_phases
 from modelforge.compilers.tvm.shuffle import ForwardShuffles
 from modelforge.compilers.tvm.simplify import FoldPlain, LongSums, Pairwise, PlainClip, Reciprocal
 
@@ -22,6 +23,7 @@ def lower(module: Any, machine: Machine) -> Any:
     with target(machine):
         for mutator in (FoldPlain, LayerNorms, Reciprocal, FoldAffine, Pairwise, LongSums, PlainClip):
             module = rewritten(module, mutator)
+        module = to_phases(module)
         for mutator in (EarlierQuantize, ForwardShuffles):
             module = rewritten(module, mutator)
         module = channels_last(to_integers(module, machine))

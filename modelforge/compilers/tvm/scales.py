@@ -220,8 +220,7 @@ class FoldScales(Mutator):  # type: ignore[misc]  # TVM ships no types
         convolution = self._only(sums)
         if self._machine.isa != "x86_64" or convolution is None or op_name(convolution) != "relax.nn.conv2d":
             return False
-        groups, weight = int(convolution.attrs.groups), shape_of(convolution.args[1])
-        return groups > 1 and weight is not None and weight[str(convolution.attrs.kernel_layout).index("I")] == 1
+        return 1 < int(convolution.attrs.groups) == (shape_of(convolution.args[0]) or (0, 0))[1]
 
     def _affine(self, call: Any, factor: float, offset: float) -> Any:
         """``DQ * factor + offset`` as one multiply-add."""

@@ -23,6 +23,7 @@ from modelforge.compilers.tvm.kernels import (
     products,
     requantize,
     rows,
+    shuffles,
     starts,
     transposed,
     winograd,
@@ -49,6 +50,8 @@ _ANCHORED: Final[tuple[Anchored, ...]] = (
     rows.RowReductions(),
     copies.Resize(),
     copies.Split(),
+    shuffles.Shuffles(),
+    shuffles.Phases(),
     products.Products(),
 )
 GENERAL: Final[tuple[General, ...]] = (copies.Copies(), generic.Generic())

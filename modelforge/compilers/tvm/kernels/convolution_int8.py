@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from modelforge.compilers.tvm.api import (
     te,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.bands import band_of, whole
+from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, joined
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
@@ -32,6 +32,9 @@ from modelforge.compilers.tvm.kernels.quantized import Activations, activations_
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.kernels.starts import emit_from
 from modelforge.compilers.tvm.machine import Machine
+
+_ROUNDED: Final = 1.15
+"""What a run of bytes may grow by to be whole steps of the longest kind."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,19 @@ class ConvolutionInt8:
         return _convolve(window, weight, data, builder, machine, groups)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, columns, vectors, depth = (int(value) for value in block_annotations(sch, anchor)[TILE])
+        rows, columns, vectors, depth, apart = (int(value) for value in block_annotations(sch, anchor)[TILE])
         dot = dot_of(machine, depth)
-        pads, after = neighbours(sch, anchor, machine)
-        out = after[-1]
-        batch, y, x, channel = sch.get_loops(out)
+        if apart:
+            pads, out = before_joining(sch, anchor, machine)
+            batch, y, x, group, channel = sch.get_loops(out)
+        else:
+            pads, after = neighbours(sch, anchor, machine)
+            out = after[-1]
+            batch, y, x, channel = sch.get_loops(out)
         y, y_tile = sch.split(y, factors=[None, rows])
         x, x_tile = sch.split(x, factors=[None, columns])
         block, channel = sch.split(channel, factors=[None, vectors * dot.lanes])
-        outer, tile = [block, batch, y, x], [y_tile, x_tile]
+        outer, tile = [group, batch, y, x, block] if apart else [block, batch, y, x], [y_tile, x_tile]
         store_products(sch, anchor, out, outer, tile, block, channel, vectors, dot, pads, machine)
         return f"{dot.name} {rows * columns}x{vectors * dot.lanes}"
 
@@ -77,12 +84,12 @@ def _convolve(
     band = None
     runs = groups == 1 and _has_runs(window, dot, machine)
     if groups > 1:
-        band = band_of(weight, groups, dot, machine)
+        band = band_of(weight, groups, machine)
         weight, dot = band.weights(weight), dot_of(machine, band.length)
     elif runs:
         weight = _in_runs(weight, machine)
         dot = dot_of(machine, weight.shape[3])
-    depth = weight.shape[3]
+    depth, apart = weight.shape[3], band if band is not None and band.apart else None
     rows, tile = _tile(window, dot, machine, window.channels if band is None else band.width)
     columns = tile.rows // rows
     height, width = window.size
@@ -100,7 +107,7 @@ def _convolve(
     attrs = {
         RULE: ConvolutionInt8.name,
         MACS: macs,
-        TILE: [rows, columns, tile.vectors, depth],
+        TILE: [rows, columns, tile.vectors, depth, int(apart is not None)],
     }
 
     def compute(stored: Any, weight: Any) -> Any:
@@ -140,10 +147,12 @@ def _convolve(
             attrs=attrs,
         )
         shape = (window.data[0], height, width, window.channels)
-        return finished(shape, sums)
+        return finished(shape, sums) if apart is None else joined(shape, sums, apart)
 
     start = data.start(weight, dot, full)
-    return emit_from(builder, compute, data.stored, packed, start=start, name="convolution_int8", pattern=OUT_FUSIBLE)
+    own = None if apart is None else (apart.share, apart.outputs)
+    told: dict[str, Any] = {"start": start, "name": "convolution_int8", "pattern": OUT_FUSIBLE, "apart": own}
+    return emit_from(builder, compute, data.stored, packed, **told)
 
 
 def _has_runs(window: Window, dot: Dot, machine: Machine) -> bool:
@@ -151,14 +160,22 @@ def _has_runs(window: Window, dot: Dot, machine: Machine) -> bool:
     channels, width = window.data[3], window.kernel[1]
     if width == 1 or window.dilation[1] != 1 or channels % dot.depth == 0:
         return False
-    return whole(width * channels, dot_of(machine, 1), machine) <= width * _up(channels, dot.depth)
+    return _whole(width * channels, machine) <= width * _up(channels, dot.depth)
+
+
+def _whole(length: int, machine: Machine) -> int:
+    """A length of whole steps, of the longest that cost little."""
+    depths = sorted({dot_of(machine, size).depth for size in (16, 8, 4)}, reverse=True)
+    return next(
+        rounded for depth in depths if (rounded := _up(length, depth)) <= _ROUNDED * length or depth == depths[-1]
+    )
 
 
 def _in_runs(weight: np.ndarray[Any, Any], machine: Machine) -> np.ndarray[Any, Any]:
     """OHWI as [O, H, 1, W * I], filled up with zeros to whole steps."""
     outputs, height, width, inputs = weight.shape
     length = width * inputs
-    found = np.zeros((outputs, height, 1, whole(length, dot_of(machine, 1), machine)), weight.dtype)
+    found = np.zeros((outputs, height, 1, _whole(length, machine)), weight.dtype)
     found[:, :, 0, :length] = weight.reshape(outputs, height, length)
     return found
 

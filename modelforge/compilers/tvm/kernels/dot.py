@@ -139,6 +139,8 @@ def store_products(
     if work >= PARALLEL_WORK and machine.cores > 1:
         if whole:
             spread(sch, outer, work, machine)
+        elif outer[-1] == block:
+            spread(sch, outer[:-1], work, machine)
         else:
             sch.parallel(max(outer, key=lambda loop: extent(sch, loop)) if outer[0] == block else outer[0])
     _fill(sch, anchor, len(tile), vectors, dot)

@@ -26,7 +26,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.bands import band_of
+from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, joined
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
 from modelforge.compilers.tvm.kernels.matmul import block_of, up
@@ -55,15 +55,21 @@ class MatmulInt8:
         return multiply(activations, values.reshape(len(values), 1, 1, -1), builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
-        rows, vectors, depth = (int(value) for value in block_annotations(sch, anchor)[TILE])
+        rows, vectors, depth, apart = (int(value) for value in block_annotations(sch, anchor)[TILE])
         dot = dot_of(machine, depth)
-        pads, after = neighbours(sch, anchor, machine)
-        out = after[-1]
-        count_rows_as_one(sch, out)
-        row, column = sch.get_loops(out)
+        if apart:
+            pads, out = before_joining(sch, anchor, machine)
+            row, group, column = sch.get_loops(out)
+        else:
+            pads, after = neighbours(sch, anchor, machine)
+            out = after[-1]
+            count_rows_as_one(sch, out)
+            row, column = sch.get_loops(out)
         row, row_tile = sch.split(row, factors=[None, rows])
         block, column = sch.split(column, factors=[None, vectors * dot.lanes])
         outer = [block, row] if extent(sch, row) > 1 else [row, block]
+        if apart:
+            outer = [group, row, block]
         store_products(sch, anchor, out, outer, [row_tile], block, column, vectors, dot, pads, machine)
         return f"{dot.name} {rows}x{vectors * dot.lanes}"
 
@@ -77,15 +83,15 @@ def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, mach
     if groups == 1:
         unit, tile = _tile(rows, columns, dot, machine)
     else:
-        band = band_of(weight, groups, dot, machine)
+        band = band_of(weight, groups, machine)
         unit = band.width // dot.lanes
         weight, dot = band.weights(weight), dot_of(machine, band.length)
         tile = tiles.choose(tiles.padded(rows, machine), band.width, machine, "int32", unit, unit)
     packed = pack(weight, dot, unit * dot.lanes)
     width, blocks, parts = unit * dot.lanes, int(packed.value.shape[0]), int(packed.value.shape[3])
-    tall, wide = up(rows, tile.rows), up(columns, tile.columns)
-    depth = inner if band is None else band.length
-    attrs = {RULE: MatmulInt8.name, MACS: macs, TILE: [tile.rows, tile.vectors, depth]}
+    tall, wide = up(rows, tile.rows), up(len(weight), tile.columns)
+    depth, apart = (inner, None) if band is None else (band.length, band if band.apart else None)
+    attrs = {RULE: MatmulInt8.name, MACS: macs, TILE: [tile.rows, tile.vectors, depth, int(apart is not None)]}
     zero = data.zero_for(dot)
 
     def compute(stored: Any, weight: Any) -> Any:
@@ -108,10 +114,15 @@ def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, mach
             name="sums",
             attrs=attrs,
         )
-        return finished((*leading, columns), lambda *i: sums(flat_index(i[:-1], tuple(leading)), i[-1]))
+        shape = (*leading, columns)
+        if apart is not None:
+            return joined(shape, sums, apart, flat=True)
+        return finished(shape, lambda *i: sums(flat_index(i[:-1], tuple(leading)), i[-1]))
 
     start = data.start(weight, dot, wide)
-    return emit_from(builder, compute, data.stored, packed, start=start, name="matmul_int8", pattern=OUT_FUSIBLE)
+    own = None if apart is None else (apart.share, apart.outputs)
+    told: dict[str, Any] = {"start": start, "name": "matmul_int8", "pattern": OUT_FUSIBLE, "apart": own}
+    return emit_from(builder, compute, data.stored, packed, **told)
 
 
 def _rows(stored: Any, dot: Dot, zero: int, operand_zero: int, sizes: tuple[tuple[int, ...], int, int, int]) -> Any:

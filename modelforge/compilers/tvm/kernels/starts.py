@@ -26,11 +26,25 @@ Array = np.ndarray[Any, Any]
 
 STARTS: Final = "modelforge.starts"
 """An attribute of a kernel: its last argument is where the sums of each column start."""
+_SHARE: Final = "modelforge.starts.share"
+_PADDED: Final = "modelforge.starts.padded"
+"""Attributes of one whose channels stand apart: so many of so many columns are channels."""
 
 
-def emit_from(builder: Any, compute: Any, *arguments: Any, start: Array, name: str, pattern: int) -> Any:
-    """Emit a kernel of int32 sums from ``start`` [columns of the main block]."""
-    told = {STARTS: 1}
+def emit_from(
+    builder: Any,
+    compute: Any,
+    *arguments: Any,
+    start: Array,
+    name: str,
+    pattern: int,
+    apart: tuple[int, int] | None = None,
+) -> Any:
+    """Emit a kernel of int32 sums from ``start`` [columns of the main block].
+
+    ``apart``: of every so many columns (the second) only so many (the first) are channels of the result.
+    """
+    told = {STARTS: 1, **(dict(zip((_SHARE, _PADDED), apart, strict=True)) if apart else {})}
     constant = relax.const(start.astype(np.int32))
     return emit_sums(builder, compute, *arguments, constant, main=RULE, name=name, pattern=pattern, **told)
 
@@ -46,6 +60,8 @@ def with_constant(call: Any, builder: Any) -> Any | None:
     if added.size not in (1, channels) or (added.size > 1 and added.shape[-1] != channels):
         return None
     *inputs, start = sums.args[1].fields
-    moved = constant_value(start).copy()
-    moved[:channels] += added.reshape(-1)
+    moved, places = constant_value(start).copy(), np.arange(channels)
+    if share := int(kernel_attribute(builder, sums.args[0], _SHARE)):
+        places += places // share * (int(kernel_attribute(builder, sums.args[0], _PADDED)) - share)
+    moved[places] += added.reshape(-1)
     return relax.Call(sums.op, [sums.args[0], relax.Tuple([*inputs, relax.const(moved)])], sums.attrs, sums.ty_args)
