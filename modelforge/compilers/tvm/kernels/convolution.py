@@ -30,11 +30,12 @@ from modelforge.compilers.tvm.api import (
     relax,
     shape_of,
     te,
+    tirx,
     topi,
     written_dtype,
 )
 from modelforge.compilers.tvm.choices import chosen
-from modelforge.compilers.tvm.kernels import tiles
+from modelforge.compilers.tvm.kernels import halves, tiles
 from modelforge.compilers.tvm.kernels.loops import neighbours, partition, spread, unroll_tail, vectorize_copy
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.machine import Machine
@@ -115,7 +116,9 @@ class Convolution:
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, lanes, chunk = (int(value) for value in block_annotations(sch, anchor)[TILE])
-        pads, after = neighbours(sch, anchor, machine)
+        total = halves.total_of(sch, anchor)
+        before, after = neighbours(sch, total, machine)
+        pads = before if total is anchor else before[:-1]
         out = after[-1] if after else sch.cache_write(anchor, 0, "local")
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
         if rows:  # a tile of rows by columns of the image
@@ -124,7 +127,7 @@ class Convolution:
             x, x_tile = sch.split(x, factors=[None, columns])
             outer, tile = [batch, y, x], [y_tile, x_tile]
         else:
-            _flatten(sch, anchor, out)
+            _flatten(sch, anchor, total, out)
             pixel, channel = sch.get_loops(out)
             pixel, pixel_tile = sch.split(pixel, factors=[None, columns])
             outer, tile = [pixel], [pixel_tile]
@@ -132,22 +135,25 @@ class Convolution:
         outer = [*_chunked(sch, outer, chunk, block), *tile, channel]
         sch.reorder(*outer)
         outer = outer[: -len(tile) - 1]
-        sch.set_scope(anchor, 0, "local")
-        sch.compute_at(anchor, outer[-1], preserve_unit_loops=True)
+        sch.set_scope(total, 0, "local")
+        sch.compute_at(total, outer[-1], preserve_unit_loops=True)
+        begin = halves.sum_blocks(sch, anchor, total, lanes)
         unroll_tail(sch, [*tile, channel], gcd(int(sch.get(out).iter_vars[-1].dom.extent), lanes))
         spread(sch, outer, work, machine)
-        self._inner(sch, anchor, vectors, lanes, machine)
+        self._inner(sch, anchor, vectors, lanes, rows > 0, machine)
+        if begin is not None:
+            sch.decompose_reduction(total, begin)
         for pad in pads:
             _schedule_pad(sch, pad, machine)
         return f"{max(rows, 1) * columns}x{vectors * lanes}"
 
     @staticmethod
-    def _inner(sch: Any, anchor: Any, vectors: int, lanes: int, machine: Machine) -> None:
+    def _inner(sch: Any, anchor: Any, vectors: int, lanes: int, by_rows: bool, machine: Machine) -> None:
         """The sums of one tile: window and input channels outside, pixels and vectors inside.
 
         Where instructions multiply by one element of a register, vectors of channels of each pixel are loaded at once.
         """
-        *tile, channel, row, column, inner = sch.get_loops(anchor)[1:]  # the first is shared with the threads
+        *tile, channel, row, column, inner = sch.get_loops(anchor)[-7 if by_rows else -5 :]  # the tile's own
         vector, lane = sch.split(channel, factors=[vectors, lanes])
         steps: list[Any] = []
         dtype = written_dtype(sch, anchor)
@@ -209,14 +215,23 @@ def _chunked(sch: Any, outer: list[Any], chunk: int, block: Any) -> list[Any]:
     return [*before, across, block, inner, *within]
 
 
-def _flatten(sch: Any, anchor: Any, out: Any) -> None:
+def _flatten(sch: Any, anchor: Any, total: Any, out: Any) -> None:
     """Count the pixels of a matrix product in one axis: a tile may then span rows of the image."""
     height, width = (int(sch.get(out).iter_vars[axis].dom.extent) for axis in (1, 2))
-    sch.transform_layout(anchor, ("write", 0), lambda n, y, x, c: ((n * height + y) * width + x, c))
-    sch.transform_block_layout(
-        anchor, lambda n, y, x, c, row, column, inner: ((n * height + y) * width + x, c, row, column, inner)
-    )
-    sch.transform_block_layout(out, lambda n, y, x, c: ((n * height + y) * width + x, c))
+
+    dtype = str(sch.get(sch.get_loops(out)[0]).loop_var.ty.dtype)
+
+    def joined(before: int, after: int) -> Any:
+        def index(*at: Any) -> tuple[Any, ...]:
+            n, y, x, *rest = at[before:]
+            return (*at[:before], (n * height + y) * width + x, *rest)
+
+        return tirx.IndexMap.from_func(index, ndim=before + 4 + after, index_dtype=dtype)
+
+    for block, before in [(anchor, 0)] if total is anchor else [(anchor, 3), (total, 0)]:
+        sch.transform_layout(block, ("write", 0), joined(before, 0))
+        sch.transform_block_layout(block, joined(before, 3))
+    sch.transform_block_layout(out, joined(0, 0))
 
 
 def convolve(
@@ -249,20 +264,13 @@ def convolve(
                 ([0, 0, top, left], [0, 0, bottom, right]) if planar else ([0, top, left, 0], [0, bottom, right, 0])
             )
             data = topi.nn.pad(data, before, behind, name="pad_input")
-        ry, rx, rc = (
-            te.reduce_axis((0, size), name) for size, name in zip((*kernel, depth), ("ry", "rx", "rc"), strict=True)
-        )
-        width_of = tile.columns
-        full = te.compute(
-            (window.data[0], tall, wide, int(blocks) * width_of),
-            lambda n, y, x, c: te.sum(
-                at(data, n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], rc)
-                * weight[c // width_of, ry, rx, rc, c % width_of],
-                axis=[ry, rx, rc],
-            ),
-            name="convolution",
-            attrs=attrs,
-        )
+
+        def product(n: Any, y: Any, x: Any, c: Any, ry: Any, rx: Any, rc: Any) -> Any:
+            pixel = at(data, n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], rc)
+            return pixel * weight[c // tile.columns, ry, rx, rc, c % tile.columns]
+
+        sizes = (window.data[0], tall, wide, int(blocks) * tile.columns)
+        full = halves.total(sizes, (*kernel, depth), product, machine, dtype, name="convolution", attrs=attrs)
         shape = (window.data[0], height, width, window.channels)
         return full if tuple(map(int, full.shape)) == shape else te.compute(shape, lambda *i: full(*i), name="crop")  # noqa: PLW0108  # a tensor is no function of its own
 

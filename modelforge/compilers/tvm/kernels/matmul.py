@@ -35,7 +35,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
     written_dtype,
 )
-from modelforge.compilers.tvm.kernels import tiles
+from modelforge.compilers.tvm.kernels import halves, tiles
 from modelforge.compilers.tvm.kernels.loops import (
     PARALLEL_WORK,
     neighbours,
@@ -67,8 +67,9 @@ class Matmul:
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, vectors, lanes = (int(value) for value in block_annotations(sch, anchor)[TILE])
-        prepared, after = neighbours(sch, anchor, machine)
-        pads, loads = split_off_loads(sch, prepared)
+        total = halves.total_of(sch, anchor)
+        prepared, after = neighbours(sch, total, machine)
+        pads, loads = split_off_loads(sch, prepared if total is anchor else prepared[:-1])
         store_tiles(sch, anchor, after[-1], (rows, vectors, lanes), loads, machine)
         for pad in pads:
             copy_rows(sch, pad, machine)
@@ -91,18 +92,15 @@ def multiply(data: Any, weight: np.ndarray[Any, Any], builder: Any, machine: Mac
     attrs = {RULE: Matmul.name, MACS: rows * inner * columns, TILE: [tile.rows, tile.vectors, tile.lanes]}
 
     def compute(data: Any, weight: Any) -> Any:
-        k = te.reduce_axis((0, deep), "k")
-
         def row(r: Any, k: Any) -> Any:
             return data[(*split_index(r, leading), k)]
 
         read = in_tiles(row, (), (rows, inner), (tall, deep), depth, dtype)
-        full = te.compute(
-            (tall, wide),
-            lambda r, c: te.sum(read(r, k) * weight[block_of(c, width, wide, blocks), k, c % width], axis=k),
-            name="matmul",
-            attrs=attrs,
-        )
+
+        def product(r: Any, c: Any, k: Any) -> Any:
+            return read(r, k) * weight[block_of(c, width, wide, blocks), k, c % width]
+
+        full = halves.total((tall, wide), (deep,), product, machine, dtype, name="matmul", attrs=attrs)
         return te.compute((*leading, columns), lambda *i: full(flat_index(i[:-1], leading), i[-1]), name="crop")
 
     return emit_kernel(builder, compute, data, packed, name="matmul", pattern=OUT_FUSIBLE)
@@ -173,8 +171,10 @@ def store_tiles(
     blocks_outside = whole or blocks >= 4 * machine.cores or chunks < 2 * machine.cores
     outer = [block, row] if blocks_outside else [row, block]
     sch.reorder(*outer, row_tile, column)
-    sch.set_scope(anchor, 0, "local")
-    sch.compute_at(anchor, outer[-1], preserve_unit_loops=True)
+    total = halves.total_of(sch, anchor)
+    sch.set_scope(total, 0, "local")
+    sch.compute_at(total, outer[-1], preserve_unit_loops=True)
+    begin = halves.sum_blocks(sch, anchor, total, lanes)
     vector, lane = sch.split(column, factors=[vectors, lanes])
     sch.vectorize(lane)
     sch.unroll(row_tile)
@@ -185,6 +185,8 @@ def store_tiles(
         shared = sch.fuse(*outer) if whole else outer[0]
         sch.parallel(shared)
     sum_tile(sch, anchor, vectors, lanes, loads, machine)
+    if begin is not None:
+        sch.decompose_reduction(total, begin)
 
 
 def sum_tile(sch: Any, anchor: Any, vectors: int, lanes: int, loads: list[Any], machine: Machine) -> None:

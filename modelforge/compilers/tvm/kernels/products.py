@@ -24,7 +24,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
     written_dtype,
 )
-from modelforge.compilers.tvm.kernels import tiles
+from modelforge.compilers.tvm.kernels import halves, tiles
 from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, neighbours, partition, spread
 from modelforge.compilers.tvm.kernels.matmul import choose, copy_rows, in_tiles, lanewise, split_off_loads, sum_tile, up
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
@@ -78,8 +78,9 @@ class Products:
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, vectors, lanes, batched = (int(value) for value in block_annotations(sch, anchor)[TILE])
-        prepared, after = neighbours(sch, anchor, machine)
-        pads, loads = split_off_loads(sch, prepared)
+        total = halves.total_of(sch, anchor)
+        prepared, after = neighbours(sch, total, machine)
+        pads, loads = split_off_loads(sch, prepared if total is anchor else prepared[:-1])
         names = [block_name(sch, block) for block in pads]
         out = after[-1]
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor))
@@ -90,8 +91,9 @@ class Products:
         row, row_tile = sch.split(row, factors=[None, rows])
         block, column = sch.split(column, factors=[None, vectors * lanes])
         sch.reorder(*outermost, block, row, row_tile, column)
-        sch.set_scope(anchor, 0, "local")
-        sch.compute_at(anchor, row, preserve_unit_loops=True)
+        sch.set_scope(total, 0, "local")
+        sch.compute_at(total, row, preserve_unit_loops=True)
+        begin = halves.sum_blocks(sch, anchor, total, lanes)
         vector, lane = sch.split(column, factors=[vectors, lanes])
         sch.vectorize(lane)
         sch.unroll(row_tile)
@@ -109,6 +111,8 @@ class Products:
         elif work >= PARALLEL_WORK and machine.cores > 1:
             sch.parallel(block if extent(sch, block) > 1 else row)
         sum_tile(sch, anchor, vectors, lanes, loads, machine)
+        if begin is not None:
+            sch.decompose_reduction(total, begin)
         for name in names:
             _copy(sch, sch.get_sblock(name), by_batch, machine)
         return f"{rows}x{vectors * lanes}" + (" packed" if "pad_right" in names else "")
@@ -139,7 +143,7 @@ def multiply(left: View, right: View, dtype: str, builder: Any, machine: Machine
 
         size, whole = (product.rows, product.inner), (product.tall, product.deep)
         read = in_tiles(read_left, (prod(flat),), size, whole, product.depth, dtype)
-        full = _sums(product, read, _wide(product, read_right, dtype), attrs)
+        full = _sums(product, read, _wide(product, read_right, dtype), machine, dtype, attrs)
         factor = left.factor * right.factor
 
         def result(*index: Any) -> Any:
@@ -174,14 +178,13 @@ def _wide(product: Product, read: Any, dtype: str) -> Any:
     return lambda b, k, c: packed(b, c // width, k, c % width)
 
 
-def _sums(product: Product, left: Any, right: Any, attrs: Any) -> Any:
-    k = te.reduce_axis((0, product.deep), "k")
-    return te.compute(
-        (prod(product.batch), product.tall, product.blocks * product.tile.columns),
-        lambda b, r, c: te.sum(left(b, r, k) * right(b, k, c), axis=k),
-        name="product",
-        attrs=attrs,
-    )
+def _sums(product: Product, left: Any, right: Any, machine: Machine, dtype: str, attrs: Any) -> Any:
+    shape = (prod(product.batch), product.tall, product.blocks * product.tile.columns)
+
+    def term(b: Any, r: Any, c: Any, k: Any) -> Any:
+        return left(b, r, k) * right(b, k, c)
+
+    return halves.total(shape, (product.deep,), term, machine, dtype, name="product", attrs=attrs)
 
 
 def _copy(sch: Any, block: Any, by_batch: bool, machine: Machine) -> None:

@@ -13,6 +13,9 @@ _LATENCY: Final = 8
 """Sums in flight that keep two multiply-add pipes busy at a latency of four cycles (Zen 4, Cortex-A76)."""
 _WIDEST: Final = 4
 _NEAR: Final = 1.02
+_BY_ELEMENT: Final = {"float16": 9}
+"""Rows whose elements sums can be multiplied by: FMLA by element of FP16 knows registers 0 to 15 only (Arm ARM, C7.2:
+four bits of Rm), and LLVM keeps sums in some of them: from ten rows on it spills."""
 _TRIED: Final = 16
 """Tiles that a search measures at most: those after them cost half as much again by the model."""
 
@@ -89,6 +92,8 @@ def _costs(
     deep = depth(machine, dtype)
     lanewise = deep > 1
     for height, waste in rows:
+        if lanewise and height > _BY_ELEMENT.get(dtype, height):
+            continue
         for vectors in range(1, widest + 1):
             sums = height * vectors
             if sums + vectors + (height if lanewise else 1) > machine.registers:
