@@ -39,6 +39,12 @@ from modelforge.compilers.tvm.machine import Machine
 
 _UNROLLED: Final = 64
 """Dot products of a tile that are written out: the weights of more do not stay in registers anyway."""
+_ENDED: Final = 8
+"""Instructions that set a vector of sums, and make and store the result of them: a usual number."""
+_KEPT: Final = 12
+"""Registers that sums cannot have: of weights, groups, and the constants of what follows."""
+_SPILLED: Final = 1.5
+"""Instructions that each sum beyond those costs for each dot product, as compiled by LLVM for cls and ShuffleNet."""
 _TRIED: Final = 16
 """Tiles that a search measures at most."""
 
@@ -52,10 +58,12 @@ class DepthwiseDot:
     operators: tuple[str, ...] = ("relax.nn.conv2d",)
 
     def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
-        window = window_of(call)
-        if window is None or dtype_of(call.args[1]) != "int8" or dot_of(machine, 4).group != 4:
+        window, dot = window_of(call), dot_of(machine, 4)
+        if window is None or dtype_of(call.args[1]) != "int8" or dot.group != 4:
             return None
         if not int(call.attrs.groups) == window.data[3] == window.channels or window.channels % _block(window):
+            return None
+        if _block(window) % dot.lanes:
             return None
         if window.kernel[1] == 1 or window.dilation[1] != 1 or window.strides[1] > 2:
             return None
@@ -67,13 +75,15 @@ class DepthwiseDot:
         (*pads, groups), after = neighbours(sch, anchor, machine)
         out = after[-1]
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor)) // 4
+        groups = _turn(sch, groups, width)
         batch, y, x, channel = sch.get_loops(out)
         y, y_row = sch.split(y, factors=[None, rows])
         x, x_tile = sch.split(x, factors=[None, columns])
         block, part, channel = sch.split(channel, factors=[None, width // (vectors * lanes), vectors * lanes])
         sch.reorder(batch, y, block, y_row, part, x, x_tile, channel)
         sch.compute_at(anchor, x, preserve_unit_loops=True)
-        groups = _turn(sch, groups, block, width)
+        sch.compute_at(groups, block, preserve_unit_loops=True)
+        sch.unroll(sch.split(sch.get_loops(groups)[-1], factors=[None, 2])[1])
         for pad in pads:
             _load(sch, pad, groups)
         unroll_tail(sch, [x_tile, channel], max(8, lanes))
@@ -222,13 +232,15 @@ def _fill(sch: Any, anchor: Any, vectors: int, dot: Dot) -> None:
     sch.set_scope(init, 0, "local")
 
 
-def _turn(sch: Any, groups: Any, loop: Any, width: int) -> Any:
-    """Make groups within ``loop``; returns the block that makes those of one pixel."""
+def _turn(sch: Any, groups: Any, width: int) -> Any:
+    """The block that makes the groups of one pixel, by their instruction.
+
+    Before anything moves: TVM would take blocks of rows that overlap for some that do not, and lose track of tiles that
+    do not divide the image.
+    """
     _, lane = sch.split(sch.get_loops(groups)[-1], factors=[None, width * 4])
-    made = sch.blockize(lane)  # before it moves: TVM takes blocks of rows that overlap for blocks that do not
+    made = sch.blockize(lane)
     sch.tensorize(made, _turned(str(sch.get(groups).writes[0].source.dtype), width))
-    sch.compute_at(made, loop, preserve_unit_loops=True)
-    sch.unroll(sch.split(sch.get_loops(made)[-1], factors=[None, 2])[1])
     return made
 
 
@@ -257,7 +269,8 @@ def _tile(window: Window, machine: Machine) -> _Tile:
     """The measured tile, or that with the fewest instructions for each sum, counted from what a tile has to do.
 
     For each row of the window: a load for each vector of groups, by pairs where two lie side by side; the same for
-    weights, unless all of them stay in registers; the dot products. Each sum is set once.
+    weights, unless all of them stay in registers; the dot products; sums that do not stay in registers. Then what is
+    done once with each sum. Fewer than eight sums wait for each other.
     """
     dot, groups = dot_of(machine, 4), _Groups.of(window)
     width, tall = window.size[1], window.kernel[0]
@@ -273,10 +286,10 @@ def _tile(window: Window, machine: Machine) -> _Tile:
             loads = groups.pixels(columns) * vectors / pair
             if weights * tall + sums + 2 > machine.registers:
                 loads += weights / pair
-            steps = tall * (loads + sums * groups.count) + sums
-            latency = max(1.0, 8 / sums)
-            waste = _up(width, columns) / width
-            found.append((round(waste * latency * steps / sums + (vectors == 1) * 0.5, 9), columns, vectors))
+            loads += _SPILLED * groups.count * max(0, sums + _KEPT - machine.registers)
+            steps = tall * (loads + sums * groups.count) + sums * (_ENDED if pair == 2 else _ENDED + 1)
+            waste = max(1.0, 8 / sums) * _up(width, columns) / width
+            found.append((round(waste * steps / sums, 9), columns, vectors))
     found.sort()
     ranked = [_Tile(_rows(window, columns, machine), columns, vectors) for _, columns, vectors in found[:_TRIED]]
     return chosen("tile", ranked[0], lambda: ranked[1:])
