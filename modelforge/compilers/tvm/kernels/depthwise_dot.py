@@ -10,7 +10,7 @@ Bound: a dot product for four taps of ``lanes`` channels, and twelve instruction
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any, Final
@@ -30,6 +30,7 @@ from modelforge.compilers.tvm.api import (
 )
 from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
+from modelforge.compilers.tvm.kernels.depthwise import met
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished
 from modelforge.compilers.tvm.kernels.loops import neighbours, partition, spread, unroll_tail
 from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of
@@ -68,7 +69,7 @@ class DepthwiseDot:
         if window.kernel[1] == 1 or window.dilation[1] != 1 or window.strides[1] > 2:
             return None
         data = activations_of(call.args[0], builder)
-        return None if data is None else _convolve(*_met(window, constant_value(call.args[1])), data, builder, machine)
+        return None if data is None else _convolve(*met(window, constant_value(call.args[1])), data, builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, lanes, width = (int(value) for value in block_annotations(sch, anchor)[TILE])
@@ -124,19 +125,6 @@ class _Groups:
                 found[:, :, group, turn, tap + turn - group * self.step] = weight[:, :, tap]
         split = found.reshape(channels // width, width, height, self.count, self.turns, 4)
         return np.ascontiguousarray(split.transpose(0, 2, 3, 4, 1, 5))
-
-
-def _met(window: Window, weight: np.ndarray[Any, Any]) -> tuple[Window, np.ndarray[Any, Any]]:
-    """The window without outer rows that meet nothing but padding, as a tall one has over an image of few rows."""
-    first, last = ((size - 1) * window.strides[0] for size in (1, window.size[0]))
-    top, height, step = window.padding[0], window.data[1], window.dilation[0]
-    met = [row for row in range(window.kernel[0]) if last + row * step >= top and first + row * step < top + height]
-    if not met:
-        return window, weight
-    begin, end = met[0], met[-1] + 1
-    _, left, bottom, right = window.padding
-    padding = (top - begin * step, left, bottom - (window.kernel[0] - end) * step, right)
-    return replace(window, kernel=(end - begin, window.kernel[1]), padding=padding), weight[:, begin:end]
 
 
 def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, builder: Any, machine: Machine) -> Any:

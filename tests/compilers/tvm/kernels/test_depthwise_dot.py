@@ -15,7 +15,7 @@ pytest.importorskip("tvm")
 
 from modelforge.compilers.tvm.api import target, tvm
 from modelforge.compilers.tvm.kernels.convolution import Window
-from modelforge.compilers.tvm.kernels.depthwise_dot import _Groups, _met
+from modelforge.compilers.tvm.kernels.depthwise_dot import _Groups
 from tests.compilers.tvm.kernels.integer_layers import Layers, compiled, reference, rules, run, spread, steps_apart
 from tests.compilers.tvm.kernels.machines import AVX512, CORTEX_A53, CORTEX_A76, MACHINES, runnable
 from tests.compilers.tvm.models import Build, cortex_a76, needs_qemu
@@ -58,6 +58,7 @@ def layer(
 )
 @example(1, 16, (9, 14), (3, 3), (1, 1), (1, 1, 1, 1), 1, 37)  # a width that no tile divides
 @example(2, 16, (2, 20), (5, 5), (1, 1), (2, 2, 2, 2), 1, -128)  # rows of the window that meet only padding
+@example(1, 16, (2, 9), (2, 3), (1, 1), (2, 1, 0, 1), 3, 37)  # one row of the window, below the image's first
 @example(1, 16, (7, 1), (3, 3), (2, 2), (1, 1, 1, 1), 1, -5)
 def test_agrees_to_one_step(
     machine: Machine,
@@ -183,28 +184,3 @@ def test_groups_have_each_tap_once(wide: int, stride: int, width: int) -> None:
             at = 2 * (x // groups.turns) + group * groups.step
             ours += (packed[1, group, x % groups.turns] * pixels[at : at + 4].T).sum(axis=1)
         np.testing.assert_array_equal(ours, (weight[:, 1].T * pixels[x * stride : x * stride + wide]).sum(axis=0))
-
-
-@given(
-    height=st.integers(1, 6),
-    tall=st.integers(1, 5),
-    stride=st.integers(1, 3),
-    dilation=st.integers(1, 3),
-    top=st.integers(0, 4),
-    bottom=st.integers(0, 4),
-)
-def test_rows_that_meet_only_padding_are_left_out(
-    height: int, tall: int, stride: int, dilation: int, top: int, bottom: int
-) -> None:
-    span = dilation * (tall - 1) + 1
-    if span > height + top + bottom:
-        return
-    window = Window((1, height, 5, 8), 8, (tall, 3), (stride, 1), (top, 1, bottom, 1), (dilation, 1))
-    weight = np.arange(8 * tall * 3).reshape(8, tall, 3, 1)
-    found, kept = _met(window, weight)
-    assert found.size == window.size
-    for y in range(window.size[0]):
-        at = {y * stride + row * dilation - top: weight[0, row, 0, 0] for row in range(tall)}
-        after = {y * stride + row * dilation - found.padding[0]: kept[0, row, 0, 0] for row in range(len(kept[0]))}
-        inside = {row: value for row, value in at.items() if 0 <= row < height}
-        assert inside == {row: value for row, value in after.items() if 0 <= row < height}
