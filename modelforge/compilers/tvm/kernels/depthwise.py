@@ -8,7 +8,7 @@ time into a buffer that stays in the first-level cache, so the padded image neve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from modelforge.compilers.tvm.api import (
 )
 from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
-from modelforge.compilers.tvm.kernels.loops import neighbours, spread, unroll_tail, vectorize_last
+from modelforge.compilers.tvm.kernels.loops import neighbours, partition, spread, unroll_tail, vectorize_last
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.kernels.starts import emit_from
 from modelforge.compilers.tvm.machine import Machine
@@ -69,6 +69,8 @@ class Depthwise:
         sch.compute_at(anchor, x, preserve_unit_loops=True)
         for pad in pads:
             sch.compute_at(pad, block, preserve_unit_loops=True)
+            for loop in sch.get_loops(pad)[-3:-1]:  # rows and pixels: most of them have no border in them
+                partition(sch, loop)
             vectorize_last(sch, pad, exact)
         unroll_tail(sch, [x_tile, channel], exact)
         spread(sch, [batch, y, block], work, machine)
@@ -105,6 +107,7 @@ def convolve(
     With a ``zero`` point, ``data`` is quantized, and ``data - zero`` is widened to the type of ``weight`` as it is
     padded; int16 is summed in int32.
     """
+    window, weight = met(window, weight)
     batch, _, _, groups = window.data
     times = window.channels // groups
     dtype = "int32" if weight.dtype == np.int16 else str(weight.dtype)
@@ -143,6 +146,20 @@ def convolve(
         start = np.zeros(full, np.int32)
         return emit_from(builder, compute, *arguments, start=start, name="depthwise", pattern=OUT_FUSIBLE)
     return emit_kernel(builder, compute, *arguments, name="depthwise", pattern=OUT_FUSIBLE)
+
+
+def met(window: Window, weight: np.ndarray[Any, Any]) -> tuple[Window, np.ndarray[Any, Any]]:
+    """The window and its weight (OHW1) without outer rows that meet nothing but padding, as a tall one has over an
+    image of few rows. What is left may start below the image's first row: padding is negative then."""
+    first, last = ((size - 1) * window.strides[0] for size in (1, window.size[0]))
+    top, height, step = window.padding[0], window.data[1], window.dilation[0]
+    rows = [row for row in range(window.kernel[0]) if last + row * step >= top and first + row * step < top + height]
+    if not rows:
+        return window, weight
+    begin, end = rows[0], rows[-1] + 1
+    _, left, bottom, right = window.padding
+    padding = (top - begin * step, left, bottom - (window.kernel[0] - end) * step, right)
+    return replace(window, kernel=(end - begin, window.kernel[1]), padding=padding), weight[:, begin:end]
 
 
 def _padded(

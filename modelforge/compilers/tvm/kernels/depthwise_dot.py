@@ -5,12 +5,12 @@ that pixel and the next three, channel by channel. One dot product then adds up 
 the sums of a vector of channels. A window of stride one reads a group twice: with its weights for an even pixel, and
 with them one place later for the odd one beside it; taps outside the window have weights of zero. Where a fifth tap
 needs a second group, that one starts as far left as it may, as its neighbours read it too.
-Bound: a dot product for four taps of ``lanes`` channels, and twelve instructions to turn 32 bytes (see :func:`_tile`).
+Bound: a dot product for four taps of ``lanes`` channels, and five instructions (ST4 the last) to turn 32 bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any, Final
@@ -30,6 +30,7 @@ from modelforge.compilers.tvm.api import (
 )
 from modelforge.compilers.tvm.choices import chosen
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
+from modelforge.compilers.tvm.kernels.depthwise import met
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished
 from modelforge.compilers.tvm.kernels.loops import neighbours, partition, spread, unroll_tail
 from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of
@@ -39,6 +40,12 @@ from modelforge.compilers.tvm.machine import Machine
 
 _UNROLLED: Final = 64
 """Dot products of a tile that are written out: the weights of more do not stay in registers anyway."""
+_ENDED: Final = 8
+"""Instructions that set a vector of sums, and make and store the result of them: a usual number."""
+_KEPT: Final = 12
+"""Registers that sums cannot have: of weights, groups, and the constants of what follows."""
+_SPILLED: Final = 1.5
+"""Instructions that each sum beyond those costs for each dot product, as compiled by LLVM for cls and ShuffleNet."""
 _TRIED: Final = 16
 """Tiles that a search measures at most."""
 
@@ -52,28 +59,32 @@ class DepthwiseDot:
     operators: tuple[str, ...] = ("relax.nn.conv2d",)
 
     def rewrite(self, call: Any, builder: Any, machine: Machine) -> Any | None:
-        window = window_of(call)
-        if window is None or dtype_of(call.args[1]) != "int8" or dot_of(machine, 4).group != 4:
+        window, dot = window_of(call), dot_of(machine, 4)
+        if window is None or dtype_of(call.args[1]) != "int8" or dot.group != 4:
             return None
         if not int(call.attrs.groups) == window.data[3] == window.channels or window.channels % _block(window):
+            return None
+        if _block(window) % dot.lanes:
             return None
         if window.kernel[1] == 1 or window.dilation[1] != 1 or window.strides[1] > 2:
             return None
         data = activations_of(call.args[0], builder)
-        return None if data is None else _convolve(*_met(window, constant_value(call.args[1])), data, builder, machine)
+        return None if data is None else _convolve(*met(window, constant_value(call.args[1])), data, builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, lanes, width = (int(value) for value in block_annotations(sch, anchor)[TILE])
         (*pads, groups), after = neighbours(sch, anchor, machine)
         out = after[-1]
         work = prod(extent(sch, loop) for loop in sch.get_loops(anchor)) // 4
+        groups = _turn(sch, groups, width)
         batch, y, x, channel = sch.get_loops(out)
         y, y_row = sch.split(y, factors=[None, rows])
         x, x_tile = sch.split(x, factors=[None, columns])
         block, part, channel = sch.split(channel, factors=[None, width // (vectors * lanes), vectors * lanes])
         sch.reorder(batch, y, block, y_row, part, x, x_tile, channel)
         sch.compute_at(anchor, x, preserve_unit_loops=True)
-        groups = _turn(sch, groups, block, width)
+        sch.compute_at(groups, block, preserve_unit_loops=True)
+        sch.unroll(sch.split(sch.get_loops(groups)[-1], factors=[None, 2])[1])
         for pad in pads:
             _load(sch, pad, groups)
         unroll_tail(sch, [x_tile, channel], max(8, lanes))
@@ -108,25 +119,10 @@ class _Groups:
         found = np.zeros((channels, height, self.count, self.turns, 4), np.int8)
         for turn in range(self.turns):
             for tap in range(wide):
-                group = min((tap + turn) // 4, self.count - 1)
-                if self.count == 2:
-                    group = int(tap + turn > 3)
+                group = (tap + turn) // 4
                 found[:, :, group, turn, tap + turn - group * self.step] = weight[:, :, tap]
         split = found.reshape(channels // width, width, height, self.count, self.turns, 4)
         return np.ascontiguousarray(split.transpose(0, 2, 3, 4, 1, 5))
-
-
-def _met(window: Window, weight: np.ndarray[Any, Any]) -> tuple[Window, np.ndarray[Any, Any]]:
-    """The window without outer rows that meet nothing but padding, as a tall one has over an image of few rows."""
-    first, last = ((size - 1) * window.strides[0] for size in (1, window.size[0]))
-    top, height, step = window.padding[0], window.data[1], window.dilation[0]
-    met = [row for row in range(window.kernel[0]) if last + row * step >= top and first + row * step < top + height]
-    if not met:
-        return window, weight
-    begin, end = met[0], met[-1] + 1
-    _, left, bottom, right = window.padding
-    padding = (top - begin * step, left, bottom - (window.kernel[0] - end) * step, right)
-    return replace(window, kernel=(end - begin, window.kernel[1]), padding=padding), weight[:, begin:end]
 
 
 def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, builder: Any, machine: Machine) -> Any:
@@ -222,13 +218,15 @@ def _fill(sch: Any, anchor: Any, vectors: int, dot: Dot) -> None:
     sch.set_scope(init, 0, "local")
 
 
-def _turn(sch: Any, groups: Any, loop: Any, width: int) -> Any:
-    """Make groups within ``loop``; returns the block that makes those of one pixel."""
+def _turn(sch: Any, groups: Any, width: int) -> Any:
+    """The block that makes the groups of one pixel, by their instruction.
+
+    Before anything moves: TVM would take blocks of rows that overlap for some that do not, and lose track of tiles that
+    do not divide the image.
+    """
     _, lane = sch.split(sch.get_loops(groups)[-1], factors=[None, width * 4])
-    made = sch.blockize(lane)  # before it moves: TVM takes blocks of rows that overlap for blocks that do not
+    made = sch.blockize(lane)
     sch.tensorize(made, _turned(str(sch.get(groups).writes[0].source.dtype), width))
-    sch.compute_at(made, loop, preserve_unit_loops=True)
-    sch.unroll(sch.split(sch.get_loops(made)[-1], factors=[None, 2])[1])
     return made
 
 
@@ -257,7 +255,8 @@ def _tile(window: Window, machine: Machine) -> _Tile:
     """The measured tile, or that with the fewest instructions for each sum, counted from what a tile has to do.
 
     For each row of the window: a load for each vector of groups, by pairs where two lie side by side; the same for
-    weights, unless all of them stay in registers; the dot products. Each sum is set once.
+    weights, unless all of them stay in registers; the dot products; sums that do not stay in registers. Then what is
+    done once with each sum. Fewer than eight sums wait for each other.
     """
     dot, groups = dot_of(machine, 4), _Groups.of(window)
     width, tall = window.size[1], window.kernel[0]
@@ -273,10 +272,10 @@ def _tile(window: Window, machine: Machine) -> _Tile:
             loads = groups.pixels(columns) * vectors / pair
             if weights * tall + sums + 2 > machine.registers:
                 loads += weights / pair
-            steps = tall * (loads + sums * groups.count) + sums
-            latency = max(1.0, 8 / sums)
-            waste = _up(width, columns) / width
-            found.append((round(waste * latency * steps / sums + (vectors == 1) * 0.5, 9), columns, vectors))
+            loads += _SPILLED * groups.count * max(0, sums + _KEPT - machine.registers)
+            steps = tall * (loads + sums * groups.count) + sums * (_ENDED if pair == 2 else _ENDED + 1)
+            waste = max(1.0, 8 / sums) * _up(width, columns) / width
+            found.append((round(waste * steps / sums, 9), columns, vectors))
     found.sort()
     ranked = [_Tile(_rows(window, columns, machine), columns, vectors) for _, columns, vectors in found[:_TRIED]]
     return chosen("tile", ranked[0], lambda: ranked[1:])

@@ -1,4 +1,4 @@
-"""Depthwise convolutions of int8: no dot product sums over a window, so the window is summed in a wider type.
+"""Depthwise convolutions of int8 that :mod:`.depthwise_dot` leaves: the window is summed in a wider type.
 
 Idea: the kernel of :mod:`.depthwise`. What pads the image for a block of rows also widens it, once for each value and
 not once for each tap: to float32 on x86, whose multiply-adds take an operand from memory (exact: sums stay below

@@ -52,13 +52,13 @@ def test_agrees_to_one_step(
     layers, scale = layer((batch, channels, *size), kernel, stride, pad, zero)
     x = layers.rng.normal(size=layers.shape).astype(np.float32)
     executable, reports = compiled(layers.model(), machine)
-    assert rules(reports) == {"depthwise-int8"}, reports
+    assert rules(reports) <= {"depthwise-int8", "depthwise-dot"}, reports
     assert steps_apart(run(executable, x), reference(layers.model(), x), scale) <= 1
 
 
 @pytest.mark.parametrize("name", list(MACHINES))
 @pytest.mark.parametrize(
-    ("shape", "kernel", "stride"), [((1, 32, 10, 14), (3, 3), 1), ((2, 20, 9, 9), (5, 5), 2), ((1, 7, 8, 8), (3, 3), 1)]
+    ("shape", "kernel", "stride"), [((1, 33, 10, 14), (3, 3), 1), ((2, 20, 9, 9), (5, 5), 2), ((1, 7, 8, 8), (3, 3), 1)]
 )
 def test_the_rule_applies_on_every_machine(
     name: str, shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: int
