@@ -63,8 +63,9 @@ def spread(sch: Any, loops: list[Any], work: int, machine: Machine) -> None:
 def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32") -> int:
     """Vectors along the last axis, threads over the rest: for blocks that move or map elements.
 
-    Axes that all operands share in the same order count as one. What does not fill a vector at the end is done one by
-    one in a loop of its own. Returns the width of the vectors; 1 where the last axis is too short for any.
+    Axes that all operands share in the same order count as one where the last alone has no whole vectors. What does not
+    fill a vector at the end is done one by one in a loop of its own. Returns the width of the vectors; 1 where the last
+    axis is too short for any.
     """
     loops = sch.get_loops(block)
     work = prod(extent(sch, loop) for loop in loops)
@@ -73,8 +74,8 @@ def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32
         loops = loops[:-1]
     if not loops:
         return 1
-    if len(loops) > 1 and extent(sch, loops[-1]) % lanes and same_order(sch, block):
-        loops = [sch.fuse(*loops)]
+    if len(loops) > 1 and extent(sch, loops[-1]) % lanes and _counts_as_one(sch, loops, lanes):
+        loops = [sch.fuse(*loops)] if same_order(sch, block) else loops
     *outer, last = loops
     count = extent(sch, last)
     width = vector_width(count, lanes)
@@ -90,6 +91,18 @@ def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32
     else:
         spread(sch, [*outer, rest], work, machine)
     return int(width)
+
+
+def _counts_as_one(sch: Any, loops: list[Any], lanes: int) -> bool:
+    """Whether TVM finds that the index of a vector over all of these loops is the number of its elements.
+
+    Where axes share different parts of a vector it divides what they share out of each first, and lanes are left with
+    an index each (measured over shapes: a gather, five times the instructions).
+    """
+    sizes = [extent(sch, loop) for loop in loops]
+    shared = {vector_width(prod(sizes[at:]), lanes) for at in range(1, len(sizes)) if prod(sizes[:at]) > 1}
+    own = vector_width(sizes[-1], lanes)
+    return own == 1 or len(shared) == 1 or (own == sizes[-1] and len(shared - {lanes}) == 1)
 
 
 def same_order(sch: Any, block: Any) -> bool:
