@@ -177,6 +177,29 @@ def test_tvm_reads_the_other_branch_of_a_residual_sum_as_bytes(
     assert qdq.reads("residual", 1) is not None
 
 
+def test_tvm_counts_the_channels_of_a_transposed_convolution_for_each_phase(tmp_path: Path) -> None:
+    """Its product has them so; groups and lines have no integer kernel."""
+    weights = {
+        "w0": RNG.normal(size=(16, 8, 2, 2)).astype(np.float32),
+        "w1": RNG.normal(size=(8, 4, 2, 2)).astype(np.float32),
+        "w2": RNG.normal(size=(8, 1, 2, 2)).astype(np.float32),
+        "w3": RNG.normal(size=(1, 2, 1, 1)).astype(np.float32),
+    }
+    double = {"strides": [2, 2]}
+    nodes = [
+        N("ConvTranspose", ["x", "w0"], ["c0"], name="doubled", **double),
+        N("ConvTranspose", ["c0", "w1"], ["c1"], name="groups", group=2, **double),
+        N("ConvTranspose", ["c1", "w2"], ["c2"], name="one", **double),
+        N("ConvTranspose", ["c2", "w3"], ["y"], name="small"),
+    ]
+    model = write(tmp_path / "m.onnx", nodes, {"x": ["n", 16, 3, 3]}, {"y": ["n", 2, 24, 24]}, weights)
+    qdq, report = quantize(tmp_path, model, {"x": image(2, 16, 3, 3)}, "tvm")
+    assert report.quantized == ("doubled", "one")
+    assert "in groups" in report.kept["groups"]
+    assert "small channels" in report.kept["small"]
+    assert qdq.reads("one", 0) is not None
+
+
 def test_onnxruntime_arm_is_int8_with_an_offset(
     conv_relu_conv: Path, feed: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

@@ -93,12 +93,14 @@ def test_a_model_without_quantization_is_left_alone() -> None:
 
 
 def test_what_has_no_integer_kernel_is_computed_in_float() -> None:
-    """A transposed convolution and one of many groups: their QDQ is arithmetic in float, and right."""
+    """Convolutions of many groups, a transposed one among them: their QDQ is arithmetic in float, and right."""
     layers = Layers((1, 16, 6, 6))
     layers.quantize(0.03, 5)
     layers.convolution(8, (3, 3), group=8, pads=[1] * 4)
     layers.quantize(0.03, 0)
-    layers.value = layers.node("ConvTranspose", layers.value, layers.weight((8, 6, 2, 2), None), strides=[2, 2])
+    layers.value = layers.node(
+        "ConvTranspose", layers.value, layers.weight((8, 3, 2, 2), None), strides=[2, 2], group=2
+    )
     layers.quantize(0.02, 0)
     model, x = layers.model(), layers.rng.normal(size=layers.shape).astype(np.float32)
     executable, _ = compiled(model, dataclasses.replace(AVX2, mcpu="x86-64", vector_bits=128))

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from modelforge.compilers.tvm.api import te, tirx
+from modelforge.compilers.tvm.api import extent, te, tirx
 from modelforge.compilers.tvm.kernels.dot import dot_of
 from modelforge.compilers.tvm.kernels.loops import neighbours
 from modelforge.compilers.tvm.kernels.views import flat_index
@@ -134,3 +134,13 @@ def before_joining(sch: Any, anchor: Any, machine: Machine) -> tuple[list[Any], 
     for block in after:
         sch.reverse_compute_inline(block)
     return before[:-1], out
+
+
+def in_turn(sch: Any, rows: list[Any], group: Any, block: Any, machine: Machine) -> list[Any]:
+    """The loops around a tile, in order: rows inside, as LLVM would keep what it broadcasts of them for all blocks of
+    a group on the stack; a share of them outside for each thread, where they divide."""
+    first, *others = rows
+    count = extent(sch, first)
+    shares = max(size for size in range(1, machine.cores + 1) if count % size == 0)
+    share, first = sch.split(first, factors=[shares, None])
+    return [share, group, block, first, *others]

@@ -23,7 +23,7 @@ from modelforge.compilers.tvm.api import (
     te,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, joined
+from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, in_turn, joined
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
@@ -70,7 +70,9 @@ class ConvolutionInt8:
         y, y_tile = sch.split(y, factors=[None, rows])
         x, x_tile = sch.split(x, factors=[None, columns])
         block, channel = sch.split(channel, factors=[None, vectors * dot.lanes])
-        outer, tile = [group, batch, y, x, block] if apart else [block, batch, y, x], [y_tile, x_tile]
+        outer, tile = [block, batch, y, x], [y_tile, x_tile]
+        if apart:
+            outer = in_turn(sch, [batch, y, x], group, block, machine)
         store_products(sch, anchor, out, outer, tile, block, channel, vectors, dot, pads, machine)
         return f"{dot.name} {rows * columns}x{vectors * dot.lanes}"
 

@@ -143,12 +143,14 @@ def store_products(
     if held is not None:
         _store(sch, held, len(tile), dot)
     if not whole:
-        partition(sch, block if blocks > 1 else vector)
+        partition(sch, vector)
+        if blocks > 1:
+            partition(sch, block)
     if work >= PARALLEL_WORK and machine.cores > 1:
         if whole:
             spread(sch, outer, work, machine)
-        elif outer[-1] == block:
-            spread(sch, outer[:-1], work, machine)
+        elif block in outer[2:]:
+            spread(sch, outer[: outer.index(block)], work, machine)
         else:
             sch.parallel(max(outer, key=lambda loop: extent(sch, loop)) if outer[0] == block else outer[0])
     _fill(sch, anchor, len(tile), vectors, dot)

@@ -72,8 +72,9 @@ def spread(sch: Any, loops: list[Any], work: int, machine: Machine) -> None:
 def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32") -> int:
     """Vectors along the last axis, threads over the rest: for blocks that move or map elements.
 
-    Axes that all operands share in the same order count as one. What does not fill a vector at the end is done one by
-    one in a loop of its own. Returns the width of the vectors; 1 where the last axis is too short for any.
+    Axes that all operands share in the same order count as one where the last alone has no whole vectors. What does not
+    fill a vector at the end is done one by one in a loop of its own. Returns the width of the vectors; 1 where the last
+    axis is too short for any.
     """
     loops = sch.get_loops(block)
     work = prod(extent(sch, loop) for loop in loops)
@@ -82,8 +83,8 @@ def vectorize_copy(sch: Any, block: Any, machine: Machine, dtype: str = "float32
         loops = loops[:-1]
     if not loops:
         return 1
-    if len(loops) > 1 and extent(sch, loops[-1]) % lanes and same_order(sch, block):
-        loops = [sch.fuse(*loops)]
+    if len(loops) > 1 and extent(sch, loops[-1]) % lanes and _counts_as_one(sch, loops, lanes):
+        loops = [sch.fuse(*loops)] if same_order(sch, block) else loops
     *outer, last = loops
     count = extent(sch, last)
     width = vector_width(count, lanes)
@@ -106,6 +107,18 @@ def has_border(sch: Any, block: Any) -> bool:
     body = sch.get(block)
     value: Any = getattr(body.body, "value", None)
     return is_choice(value) and any(var.same_as(body.iter_vars[-1].var) for var in variables(value.args[0]))
+
+
+def _counts_as_one(sch: Any, loops: list[Any], lanes: int) -> bool:
+    """Whether TVM finds that the index of a vector over all of these loops is the number of its elements.
+
+    Where axes share different parts of a vector it divides what they share out of each first, and lanes are left with
+    an index each (measured over shapes: a gather, five times the instructions).
+    """
+    sizes = [extent(sch, loop) for loop in loops]
+    shared = {vector_width(prod(sizes[at:]), lanes) for at in range(1, len(sizes)) if prod(sizes[:at]) > 1}
+    own = vector_width(sizes[-1], lanes)
+    return own == 1 or len(shared) == 1 or (own == sizes[-1] and len(shared - {lanes}) == 1)
 
 
 def same_order(sch: Any, block: Any) -> bool:

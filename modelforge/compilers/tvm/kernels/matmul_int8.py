@@ -26,7 +26,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
 )
 from modelforge.compilers.tvm.kernels import tiles
-from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, joined
+from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, in_turn, joined
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
 from modelforge.compilers.tvm.kernels.matmul import block_of, up
@@ -69,7 +69,7 @@ class MatmulInt8:
         block, column = sch.split(column, factors=[None, vectors * dot.lanes])
         outer = [block, row] if extent(sch, row) > 1 else [row, block]
         if apart:
-            outer = [group, row, block]
+            outer = in_turn(sch, [row], group, block, machine)
         store_products(sch, anchor, out, outer, [row_tile], block, column, vectors, dot, pads, machine)
         return f"{dot.name} {rows}x{vectors * dot.lanes}"
 

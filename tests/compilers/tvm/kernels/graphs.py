@@ -29,9 +29,13 @@ def here() -> Machine:
 
 def compiled(graph: Graph, inputs: Sequence[Array], machine: Machine) -> tuple[Any, list[KernelReport]]:
     """The executable, and what became of the kernels."""
-    module = lowering.lower(_module(graph, inputs), machine)
-    module, reports = scheduling.schedule_all(module, machine)
+    module, reports = scheduled(graph, inputs, machine)
     return pipeline.compile_module(module, target(machine)), reports
+
+
+def scheduled(graph: Graph, inputs: Sequence[Array], machine: Machine) -> tuple[Any, list[KernelReport]]:
+    """The scheduled kernels, and what became of them."""
+    return scheduling.schedule_all(lowering.lower(_module(graph, inputs), machine), machine)
 
 
 def run(graph: Graph, inputs: Sequence[Array], machine: Machine | None = None) -> tuple[Array, list[KernelReport]]:

@@ -14,7 +14,7 @@ pytest.importorskip("tvm")
 
 from modelforge.compilers.tvm.api import relax
 from modelforge.compilers.tvm.machine import Machine
-from tests.compilers.tvm.kernels.graphs import compiled, rules, run
+from tests.compilers.tvm.kernels.graphs import compiled, rules, run, scheduled
 from tests.compilers.tvm.kernels.machines import MACHINES
 from tests.compilers.tvm.kernels.test_matmul import arrays
 
@@ -73,3 +73,22 @@ def test_integers(dtype: str) -> None:
     result, reports = run(lambda emit, a, b: op.maximum(emit(op.add(a, b)), b), [left, right])
     assert rules(reports)
     np.testing.assert_array_equal(result, np.maximum(left + right, right))
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
+@pytest.mark.parametrize("shape", [(28, 12, 3), (9, 10, 8), (9, 9, 40), (3, 6, 24), (7, 28, 34), (28, 28, 136)])
+def test_no_lane_has_an_index_of_its_own(machine: Machine, shape: tuple[int, ...]) -> None:
+    """Where all axes counted as one, vectors of 16 over 24 channels divided the number of each lane by 3."""
+    from modelforge.compilers.tvm.api import kernels, target, tirx, tvm
+
+    (data,) = arrays((1, *shape))
+    module, _ = scheduled(lambda emit, x: op.astype(x, "int8"), [data], machine)
+    ((_, kernel),) = kernels(module)
+    to_code, _, _ = tirx.get_tir_pipeline("default")
+    own = target(machine).with_host(target(machine))
+    text = to_code(
+        tirx.transform.BindTarget(own)(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}))
+    ).script()
+    stores = [line for line in text.splitlines() if "] = " in line]
+    assert stores
+    assert not [line for line in stores if "//" in line or "%" in line], stores
