@@ -24,7 +24,7 @@ def test_kernels_do_not_test_their_arguments() -> None:
     executable, _ = compiled(tanh, [X], here())
     code = next(module for module in executable.mod.imports if module.kind == "llvm").inspect_source("ll")
     assert "tanh" in code
-    assert "Expected" not in code and "AssertionError" not in code and "TypeError" not in code
+    assert not [word for word in ("Expected", "AssertionError", "TypeError") if word in code]
 
 
 @pytest.mark.parametrize("wrong", [X[:, :2], X[0], X.astype(np.float64), X.astype(np.float16)])

@@ -29,8 +29,8 @@ _TOTAL: Final = "in_single"
 def starts(
     sizes: tuple[int, ...], columns: int, machine: Machine, dtype: str
 ) -> tuple[tuple[Any, ...], dict[str, int]]:
-    """One more argument for a kernel, and an attribute of it, where it sums in blocks: what the FP32 sums of its columns
-    start from. :func:`.starts.with_constant` puts the bias there, which is added before the one rounding to FP16."""
+    """One more argument for a kernel, and an attribute of it, where it sums in blocks: what is added to the FP32 sums
+    of its columns. :func:`.starts.with_constant` puts the bias there: one rounding to FP16 is left."""
     if _block(sizes, machine, dtype) == sizes:
         return (), {}
     return (relax.const(np.zeros(columns, np.float32)),), {STARTS: 1}
