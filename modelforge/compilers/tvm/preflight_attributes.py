@@ -102,6 +102,20 @@ _ROWS: Final[Mapping[str, tuple[_Row, ...]]] = {
             lambda node: node.word("coordinate_transformation_mode") == "half_pixel_symmetric",
         ),
     ),
+    "SpaceToDepth": (
+        (
+            "has mode CRD, and the importer orders channels as DCR does",
+            "write it as Reshape, Transpose and Reshape",
+            lambda node: node.word("mode") not in ("", "DCR"),
+        ),
+    ),
+    "Trilu": (
+        (
+            "is of matrices of one row, for which TVM generates no code",
+            "multiply by a constant of zeros and ones",
+            lambda node: node.shape is not None and node.shape[-2:-1] == (1,) and not any(node.fed[1:]),
+        ),
+    ),
     "RMSNormalization": (
         (
             "normalizes over all dimensions, which TVM cannot schedule",

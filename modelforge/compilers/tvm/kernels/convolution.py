@@ -258,7 +258,10 @@ def convolve(
     def at(data: Any, n: Any, y: Any, x: Any, c: Any) -> Any:
         return data[n, c, y, x] if planar else data[n, y, x, c]
 
-    def compute(data: Any, weight: Any) -> Any:
+    sizes = (window.data[0], tall, wide, int(blocks) * tile.columns)
+    start, marked = halves.starts((*kernel, depth), sizes[-1], machine, dtype)
+
+    def compute(data: Any, weight: Any, *start: Any) -> Any:
         if any((top, left, bottom, right)):
             before, behind = (
                 ([0, 0, top, left], [0, 0, bottom, right]) if planar else ([0, top, left, 0], [0, bottom, right, 0])
@@ -269,12 +272,11 @@ def convolve(
             pixel = at(data, n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], rc)
             return pixel * weight[c // tile.columns, ry, rx, rc, c % tile.columns]
 
-        sizes = (window.data[0], tall, wide, int(blocks) * tile.columns)
-        full = halves.total(sizes, (*kernel, depth), product, machine, dtype, name="convolution", attrs=attrs)
+        full = halves.total(sizes, (*kernel, depth), product, machine, dtype, *start, name="convolution", attrs=attrs)
         shape = (window.data[0], height, width, window.channels)
         return full if tuple(map(int, full.shape)) == shape else te.compute(shape, lambda *i: full(*i), name="crop")  # noqa: PLW0108  # a tensor is no function of its own
 
-    return emit_kernel(builder, compute, data, packed, name="convolution", pattern=OUT_FUSIBLE)
+    return emit_kernel(builder, compute, data, packed, *start, name="convolution", pattern=OUT_FUSIBLE, **marked)
 
 
 def pack(weight: np.ndarray[Any, Any], columns: int) -> np.ndarray[Any, Any]:

@@ -12,15 +12,28 @@ from collections.abc import Callable
 from math import log2, prod
 from typing import Any, Final
 
-from modelforge.compilers.tvm.api import REDUCTION, block_name, te
+import numpy as np
+
+from modelforge.compilers.tvm.api import REDUCTION, block_name, relax, te
 from modelforge.compilers.tvm.kernels.loops import unroll_tail
+from modelforge.compilers.tvm.kernels.starts import STARTS
 from modelforge.compilers.tvm.machine import Machine
 
 _LENGTH: Final = 32
-"""Products in a block: it errs by u sqrt(32 / 2), four roundings, 4e-4 to 1e-3 of the block's sum. A block costs six
-instructions for each register of sums beside its 32 multiply-adds: two conversions, two additions, a pair of loads and
-one of stores."""
+"""Products in a block: it errs by u sqrt(32 / 2), four roundings of the block's sum, however long the whole sum is.
+A block costs seven instructions for each register of sums beside its 32 multiply-adds: a zero, two conversions, two
+additions, and half of four for loads and stores by pairs."""
 _TOTAL: Final = "in_single"
+
+
+def starts(
+    sizes: tuple[int, ...], columns: int, machine: Machine, dtype: str
+) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """One more argument for a kernel, and an attribute of it, where it sums in blocks: what is added to the FP32 sums
+    of its columns. :func:`.starts.with_constant` puts the bias there: one rounding to FP16 is left."""
+    if _block(sizes, machine, dtype) == sizes:
+        return (), {}
+    return (relax.const(np.zeros(columns, np.float32)),), {STARTS: 1}
 
 
 def total(
@@ -29,11 +42,13 @@ def total(
     term: Callable[..., Any],
     machine: Machine,
     dtype: str,
+    *start: Any,
     **told: Any,
 ) -> Any:
     """``shape`` of sums over axes of ``sizes``, where ``term(*index, *reduced)`` is a product; ``told`` names and
-    annotates the main block. In half precision, where the machine has it, they are summed in blocks."""
-    block = block_of(sizes, machine.lanes(dtype)) if dtype == "float16" and machine.fp16 else sizes
+    annotates the main block. In half precision, where the machine has it, they are summed in blocks; ``start``, if
+    there is one, holds what is added to the sums of each column."""
+    block = _block(sizes, machine, dtype)
     inner = _axes("r", block)
     if block == sizes:
         return te.compute(shape, lambda *at: te.sum(term(*at, *inner), axis=inner), **told)
@@ -46,7 +61,14 @@ def total(
 
     parts = te.compute((*(int(axis.dom.extent) for axis in outer), *shape), part, **told)
     sums = te.compute(shape, lambda *at: te.sum(parts(*outer, *at).astype("float32"), axis=outer), name=_TOTAL)
-    return te.compute(shape, lambda *at: sums(*at).astype(dtype), name="rounded")
+
+    def rounded(*at: Any) -> Any:
+        value = sums(*at)
+        for values in start:
+            value = value + values[at[-1]]
+        return value.astype(dtype)
+
+    return te.compute(shape, rounded, name="rounded")
 
 
 def total_of(sch: Any, anchor: Any) -> Any:
@@ -58,7 +80,7 @@ def total_of(sch: Any, anchor: Any) -> Any:
 def sum_blocks(sch: Any, anchor: Any, total: Any, lanes: int) -> Any:
     """Put the blocks inside their FP32 sums, which stand in the loops of the result already. Returns the loop where
     those start from zero: to be split off (``decompose_reduction``) when all else is done."""
-    if total == anchor:
+    if total is anchor:
         return None
     kinds = [int(var.iter_type) for var in sch.get(total).iter_vars]
     loops = sch.get_loops(total)[-len(kinds) :]
@@ -68,6 +90,10 @@ def sum_blocks(sch: Any, anchor: Any, total: Any, lanes: int) -> Any:
     sch.compute_at(anchor, steps[-1], preserve_unit_loops=True)
     unroll_tail(sch, tile, lanes)
     return steps[0]
+
+
+def _block(sizes: tuple[int, ...], machine: Machine, dtype: str) -> tuple[int, ...]:
+    return block_of(sizes, machine.lanes(dtype)) if dtype == "float16" and machine.fp16 else sizes
 
 
 def _axes(name: str, sizes: tuple[int, ...]) -> list[Any]:

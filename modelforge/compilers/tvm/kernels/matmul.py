@@ -91,7 +91,9 @@ def multiply(data: Any, weight: np.ndarray[Any, Any], builder: Any, machine: Mac
     wide = up(columns, tile.columns)
     attrs = {RULE: Matmul.name, MACS: rows * inner * columns, TILE: [tile.rows, tile.vectors, tile.lanes]}
 
-    def compute(data: Any, weight: Any) -> Any:
+    start, marked = halves.starts((deep,), wide, machine, dtype)
+
+    def compute(data: Any, weight: Any, *start: Any) -> Any:
         def row(r: Any, k: Any) -> Any:
             return data[(*split_index(r, leading), k)]
 
@@ -100,10 +102,10 @@ def multiply(data: Any, weight: np.ndarray[Any, Any], builder: Any, machine: Mac
         def product(r: Any, c: Any, k: Any) -> Any:
             return read(r, k) * weight[block_of(c, width, wide, blocks), k, c % width]
 
-        full = halves.total((tall, wide), (deep,), product, machine, dtype, name="matmul", attrs=attrs)
+        full = halves.total((tall, wide), (deep,), product, machine, dtype, *start, name="matmul", attrs=attrs)
         return te.compute((*leading, columns), lambda *i: full(flat_index(i[:-1], leading), i[-1]), name="crop")
 
-    return emit_kernel(builder, compute, data, packed, name="matmul", pattern=OUT_FUSIBLE)
+    return emit_kernel(builder, compute, data, packed, *start, name="matmul", pattern=OUT_FUSIBLE, **marked)
 
 
 def choose(rows: int, columns: int, machine: Machine, dtype: str, unit: int = 1) -> tiles.Tile:

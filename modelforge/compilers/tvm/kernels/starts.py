@@ -1,7 +1,8 @@
-"""Where integer sums start: a constant per channel, which costs nothing as registers have to be set to something.
+"""Where sums start: a constant per channel; of integers it costs nothing, as registers have to be set to something.
 
 Rules give their kernels such a constant (what the zero point of the activations adds); an integer constant that is
-added to the sums (:mod:`..integer` makes biases and zero points so) joins it.
+added to the sums (:mod:`..integer` makes biases and zero points so) joins it. Sums of FP16 in blocks (:mod:`.halves`)
+take their bias so, before they are rounded.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def emit_from(
 
 def with_constant(call: Any, builder: Any) -> Any | None:
     """What stands for ``sums + constant`` where the kernel of the sums can start there; None for other sums."""
-    if op_name(call) != "relax.add" or dtype_of(call.args[0]) != "int32" or not is_constant(call.args[1]):
+    dtype = dtype_of(call.args[0])
+    if op_name(call) != "relax.add" or dtype not in ("int32", "float16") or not is_constant(call.args[1]):
         return None
     sums = computed_by(call.args[0], builder)
     if op_name(sums) != "relax.call_tir" or not kernel_attribute(builder, sums.args[0], STARTS):
@@ -61,6 +63,8 @@ def with_constant(call: Any, builder: Any) -> Any | None:
         return None
     *inputs, start = sums.args[1].fields
     moved, places = constant_value(start).copy(), np.arange(channels)
+    if dtype == "float16" and (added.size != channels or moved.any()):
+        return None  # what follows a bias, as the 3 of a hard swish, has the sums with their bias read twice
     if share := int(kernel_attribute(builder, sums.args[0], _SHARE)):
         places += places // share * (int(kernel_attribute(builder, sums.args[0], _PADDED)) - share)
     moved[places] += added.reshape(-1)

@@ -107,6 +107,25 @@ def test_errors_do_not_grow_with_the_length_of_a_sum(inner: int) -> None:
     assert decibels(exact, alone) < 50
 
 
+def test_a_bias_is_added_before_the_sum_is_rounded() -> None:
+    """Blocks of small integers are exact, and their sum is 4000, of which FP16 knows every fourth only."""
+    random = np.random.default_rng(1)
+    data, weight = (random.integers(1, 4, shape).astype(np.float16) for shape in ((5, 1024), (1024, 24)))
+    bias = np.full(24, -4096, np.float16)
+
+    def graph(emit: Any, values: Any) -> Any:
+        biased = emit(relax.op.add(emit(relax.op.matmul(values, relax.const(weight))), relax.const(bias)))
+        gate = emit(relax.op.add(biased, relax.const(np.float16(3))))
+        return emit(relax.op.multiply(biased, gate))  # the second addition is none of a bias: its kernel is one
+
+    result, reports = run(graph, [data], HALF)
+    left = data.astype(np.float64) @ weight.astype(np.float64) + bias
+    assert np.any(left % 4)
+    assert np.abs(left).max() < 2048
+    assert list(rules(reports).values()).count("matmul") == 1
+    np.testing.assert_array_equal(result, left.astype(np.float16) * (left + 3).astype(np.float16))
+
+
 @pytest.mark.parametrize(
     ("sizes", "block"),
     [
@@ -119,6 +138,7 @@ def test_errors_do_not_grow_with_the_length_of_a_sum(inner: int) -> None:
         ((5, 5, 8), (1, 5, 8)),
         ((1000,), (40,)),
         ((31,), (31,)),
+        ((509,), (509,)),
     ],
 )
 def test_blocks_are_whole_parts_of_about_the_wanted_length(sizes: tuple[int, ...], block: tuple[int, ...]) -> None:
