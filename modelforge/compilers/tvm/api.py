@@ -245,21 +245,6 @@ def variables(expression: Any) -> list[Any]:
     return list(tirx.analysis.undefined_vars(expression))
 
 
-def float_operations(sch: Any, block: Any) -> int:
-    """Sums, products, quotients, maxima and minima of FP32 in what a block computes for one element."""
-    found: list[Any] = []
-
-    def count(node: Any) -> Any:
-        if str(node.ty.dtype).startswith("float32"):
-            found.append(node)
-        return node
-
-    kinds = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min)
-    for kind in kinds:
-        structural_map(sch.get(block).body, (kind, count), order="post")
-    return len(found)
-
-
 def block_name(sch: Any, block: Any) -> str:
     """A block's name; unique within its kernel."""
     return str(sch.get(block).name_hint)

@@ -13,12 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from modelforge.compilers.tvm.api import REDUCTION, extent, float_operations, register_intrinsic, relax, te
-from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, partition, spatial_size, spread, vectorize_copy
+from modelforge.compilers.tvm.api import REDUCTION, extent, register_intrinsic, relax, te
+from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, partition, spread, vectorize_copy
 from modelforge.compilers.tvm.machine import Machine
-
-_MUCH: Final = 5
-"""Operations on floats behind a sum (HardSwish has six) from which a pass through memory costs less than spilling."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +127,13 @@ def store_products(
     work = prod(extent(sch, loop) for loop in sch.get_loops(anchor)) // dot.depth
     channels = int(sch.get(out).iter_vars[-1].dom.extent)
     sch.reorder(*outer, *tile, column)
-    held = _held(sch, anchor, out) if machine.isa == "aarch64" else None
-    if held is not None:
-        sch.compute_at(held, outer[-1], preserve_unit_loops=True)
     sch.compute_at(anchor, outer[-1], preserve_unit_loops=True)
     whole, blocks = channels % dot.lanes == 0, extent(sch, block)
     wide = dot.lanes * (2 if dot.lanes == 4 and vectors % 2 == 0 and channels % 8 == 0 else 1)  # SQXTN fills 8 lanes
     vector, lane = sch.split(column, factors=[None, wide])
     sch.vectorize(lane)
-    for loop in (vector,) if held is not None else (*tile, vector):
+    for loop in (*tile, vector):
         sch.unroll(loop)
-    if held is not None:
-        _store(sch, held, len(tile), dot)
     if not whole:
         partition(sch, vector)
         if blocks > 1:
@@ -156,27 +148,6 @@ def store_products(
     _fill(sch, anchor, len(tile), vectors, dot)
     for pad in pads:
         vectorize_copy(sch, pad, machine, dot.operand)
-
-
-def _held(sch: Any, anchor: Any, out: Any) -> Any | None:
-    """A copy of the sums in memory, for results that much is done to: a loop over rows then keeps its constants in
-    registers, where all results of a tile at once would have LLVM spill more than the sums. None where little is done,
-    or a tile is not whole."""
-    covered = prod(extent(sch, loop) for loop in sch.get_loops(out)) == spatial_size(sch, out)
-    if not covered or float_operations(sch, out) < _MUCH:
-        return None
-    sums = str(sch.get(anchor).writes[0].source.name)
-    reads = [str(region.source.name) for region in sch.get(out).reads]
-    return sch.cache_read(out, reads.index(sums), "local") if sums in reads else None
-
-
-def _store(sch: Any, held: Any, tile_axes: int, dot: Dot) -> None:
-    """The copy, out of registers: all of it written out."""
-    *tile, column = sch.get_loops(held)[-tile_axes - 1 :]
-    vector, lane = sch.split(column, factors=[None, dot.lanes])
-    sch.vectorize(lane)
-    for loop in (*tile, vector):
-        sch.unroll(loop)
 
 
 def _fill(sch: Any, anchor: Any, tile_axes: int, vectors: int, dot: Dot) -> None:
