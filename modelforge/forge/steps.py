@@ -22,9 +22,9 @@ from modelforge.toolchains import worker
 GOLDEN_SAMPLES = 4
 
 CODE_VERSIONS = {
-    "prepare": 3, "reference": 1, "baseline": 1, "calibrate": 3, "rank": 4, "search": 4, "lower": 9, "tune": 1,
+    "prepare": 3, "reference": 1, "baseline": 1, "calibrate": 3, "rank": 4, "search": 5, "lower": 10, "tune": 1,
     "compile": 2, "verify": 5, "describe": 1, "race": 1, "estimate": 1,
-    "placement": 1,
+    "placement": 2,
 }  # fmt: skip
 """Part of each step's content key: raised whenever a function gives another result for the same inputs."""
 
