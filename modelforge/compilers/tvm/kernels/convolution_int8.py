@@ -92,7 +92,7 @@ def _convolve(
         weight = _in_runs(weight, machine)
         dot = dot_of(machine, weight.shape[3])
     depth, apart = weight.shape[3], band if band is not None and band.apart else None
-    rows, tile = _tile(window, dot, machine, window.channels if band is None else band.width)
+    rows, tile = _tile(window, dot, machine, window.channels if band is None else band.width, depth)
     columns = tile.rows // rows
     height, width = window.size
     tall, wide = _up(height, rows), _up(width, columns)
@@ -182,7 +182,7 @@ def _in_runs(weight: np.ndarray[Any, Any], machine: Machine) -> np.ndarray[Any, 
     return found
 
 
-def _tile(window: Window, dot: Dot, machine: Machine, channels: int) -> tuple[int, tiles.Tile]:
+def _tile(window: Window, dot: Dot, machine: Machine, channels: int, depth: int) -> tuple[int, tiles.Tile]:
     """Rows of the image in a tile, and the tile over rows x columns pixels, of blocks of so many channels."""
     height, width = window.size
     machine = dot.seen_by_tiles(machine)
@@ -191,6 +191,7 @@ def _tile(window: Window, dot: Dot, machine: Machine, channels: int) -> tuple[in
     widest = dot.widest if unit == 1 and channels >= window.channels else unit
 
     def choose(heights: list[tuple[int, float]]) -> tiles.Tile:
+        heights = dot.heights(heights, channels, _up(depth, dot.depth) // dot.depth)
         return tiles.choose(heights, channels, machine, "int32", widest, unit)
 
     single = choose(tiles.padded(width, machine))

@@ -5,7 +5,7 @@ One row of a table a machine. TVM's own intrinsics are not imported: that parses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -16,6 +16,12 @@ import numpy as np
 from modelforge.compilers.tvm.api import REDUCTION, extent, register_intrinsic, relax, te
 from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, partition, spread, vectorize_copy
 from modelforge.compilers.tvm.machine import Machine
+
+_REGISTERS: Final = 32
+_TWICE: Final = 0.96
+"""Instructions for a product where a turn of the loop has two steps, beside those where it has one, of a tile of 7 x 8
+or 8 x 8 sums as compiled; smaller tiles gain as much and start from more."""
+_LARGE: Final = 12
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,22 @@ class Dot:
     def widest(self) -> int:
         """Vectors of sums in a tile: the weights of a whole step stay in registers beside them while rows pass."""
         return 4 if self.steps == 1 else max(1, 8 // (self.steps * self.registers))
+
+    def goes_twice(self, rows: int, vectors: int, turns: int) -> bool:
+        """Whether a tile of so many rows goes through two steps in a turn of its loop over the depth: a load then
+        brings a row's activations of both (LDP), and half of the loop's own instructions are left. Sums, the weights of
+        a step and the second halves must fit the registers."""
+        fits = rows * vectors + self.steps * vectors + rows <= _REGISTERS
+        return self.name == "sdot" and fits and turns >= 4 and turns % 2 == 0
+
+    def heights(self, heights: Iterable[tuple[int, float]], channels: int, turns: int) -> list[tuple[int, float]]:
+        """Heights of tiles with their waste, less for large ones that go through two steps at once."""
+        vectors = min(self.widest, -(-channels // self.lanes))
+
+        def gains(rows: int) -> bool:
+            return rows * vectors >= _LARGE and self.goes_twice(rows, vectors, turns)
+
+        return [(rows, waste * (_TWICE if gains(rows) else 1.0)) for rows, waste in heights]
 
     def seen_by_tiles(self, machine: Machine) -> Machine:
         """The machine with vectors that hold the sums of one step."""
@@ -157,6 +179,10 @@ def _fill(sch: Any, anchor: Any, tile_axes: int, vectors: int, dot: Dot) -> None
     *tile, column = loops[-reduced - tile_axes - 1 : -reduced]
     reduction, steps = loops[-reduced : -len(dot.axes)], loops[-len(dot.axes) :]
     vector, lane = sch.split(column, factors=[vectors, dot.lanes])
+    *before, last = reduction
+    if dot.goes_twice(prod(extent(sch, loop) for loop in tile), vectors, extent(sch, last)):
+        reduction = [*before, *sch.split(last, factors=[None, 2])]
+        sch.unroll(reduction[-1])
     sch.reorder(*reduction, *tile, vector, lane, *steps)
     for loop in (*tile, vector):
         sch.unroll(loop)

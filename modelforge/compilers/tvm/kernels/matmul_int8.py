@@ -81,12 +81,13 @@ def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, mach
     dot = dot_of(machine, inner)
     band = None
     if groups == 1:
-        unit, tile = _tile(rows, columns, dot, machine)
+        unit, tile = _tile(rows, columns, inner, dot, machine)
     else:
         band = band_of(weight, groups, machine)
         unit = band.width // dot.lanes
         weight, dot = band.weights(weight), dot_of(machine, band.length)
-        tile = tiles.choose(tiles.padded(rows, machine), band.width, machine, "int32", unit, unit)
+        heights = dot.heights(tiles.padded(rows, machine), band.width, up(band.length, dot.depth) // dot.depth)
+        tile = tiles.choose(heights, band.width, machine, "int32", unit, unit)
     packed = pack(weight, dot, unit * dot.lanes)
     width, blocks, parts = unit * dot.lanes, int(packed.value.shape[0]), int(packed.value.shape[3])
     tall, wide = up(rows, tile.rows), up(len(weight), tile.columns)
@@ -146,10 +147,11 @@ def _rows(stored: Any, dot: Dot, zero: int, operand_zero: int, sizes: tuple[tupl
     return te.compute((tall, deep), element, name="pad_operand")
 
 
-def _tile(rows: int, columns: int, dot: Dot, machine: Machine) -> tuple[int, tiles.Tile]:
+def _tile(rows: int, columns: int, depth: int, dot: Dot, machine: Machine) -> tuple[int, tiles.Tile]:
     """Vectors of columns that are packed side by side, whatever the rows, and the tile."""
     machine = dot.seen_by_tiles(machine)
     columns = max(columns, dot.lanes)
     unit = tiles.unit(columns, machine, "int32", dot.widest)
     widest = max(dot.widest, (machine.registers - 4) // rows // dot.steps) if rows < 4 else dot.widest
-    return unit, tiles.choose(tiles.padded(rows, machine), columns, machine, "int32", widest, unit)
+    heights = dot.heights(tiles.padded(rows, machine), columns, up(depth, dot.depth) // dot.depth)
+    return unit, tiles.choose(heights, columns, machine, "int32", widest, unit)
