@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from math import prod
 
 import numpy as np
 import onnx_ir
@@ -170,10 +169,8 @@ class _Placer:
         if rules.skip_gemv and node.op_type in ("Gemm", "MatMul") and (min(channels) == 1 or _rows(node) == 1):
             return "GEMV: one row or one column"
         dense = attributes.get_int("group", 1) == 1
-        if node.op_type == "ConvTranspose" and rules.phases:
-            if not dense or len(shape) != 4:
-                return "a transposed convolution in groups, or not over an image"
-            channels = (channels[0], channels[1] * prod(attributes.get_ints("strides", [1, 1])))
+        if node.op_type == "ConvTranspose" and rules.phases and (not dense or len(shape) != 4):
+            return "a transposed convolution in groups, or not over an image"
         if dense and min(channels) < rules.fewest_channels:
             return f"small channels: {channels[0]} in, {channels[1]} out, below {rules.fewest_channels}"
         return ""

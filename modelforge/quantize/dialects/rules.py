@@ -33,8 +33,8 @@ class Dialect:
         shared_concat: the inputs of a Concat that feeds a quantized node are quantized, with the output's scale.
         skip_gemv: a matrix product with one row or one column stays in float.
         fewest_channels: a dense layer with fewer input or output channels stays in float.
-        phases: a ConvTranspose becomes a Conv of stride 1, with its output channels once for each phase of the pixels:
-            they count so, and one in groups or not over an image stays in float.
+        phases: a ConvTranspose becomes a Conv with its output channels once for each phase of the pixels; in groups,
+            or not over an image, it stays in float.
         shortest_sum: fewer products in an output element than this, and an INT8 kernel gains nothing over float; 0: no
             layer is left in float for that.
         depthwise_cost: how much a multiplication of a depthwise Conv counts against INT8 beside those.
