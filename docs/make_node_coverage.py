@@ -299,7 +299,7 @@ def _rows(done: Sequence[tuple[Asked, Outcome]]) -> Iterator[list[str]]:
         bad = counts["wrong"] + counts["failed"]
         worst = [each.what for each in found if each.verdict in ("wrong", "failed")]
         told = Counter(worst or [each.what for each in found if each.verdict != "right"]).most_common(1)[0][0]
-        said = re.sub(r" \(node [^()]*\)", "", told).replace("|", "\\|")[:160]
+        said = re.sub(rf" \(node [^()]*\)| {re.escape(tempfile.gettempdir())}\S*", "", told).replace("|", "\\|")[:160]
         refused = len(found) - counts["right"] - bad
         yield [operator, *map(str, (len(found), counts["right"], refused, bad)), said]
 
