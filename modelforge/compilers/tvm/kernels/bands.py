@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from modelforge.compilers.tvm.api import extent, te, tirx
+from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.dot import dot_of
 from modelforge.compilers.tvm.kernels.loops import neighbours
 from modelforge.compilers.tvm.kernels.views import flat_index
@@ -53,7 +54,7 @@ class Band:
     @property
     def products(self) -> int:
         """Of one pixel and one tap of the window."""
-        return _up(self.groups * self.outputs, self.width) * self.length
+        return tiles.up(self.groups * self.outputs, self.width) * self.length
 
     def start(self, block: Any) -> Any:
         """The first input channel of a block's band, of a number or in TIR."""
@@ -85,12 +86,12 @@ def band_of(weight: Array, groups: int, machine: Machine) -> Band:
     for depth in sorted({dot_of(machine, size).depth for size in (16, 8, 4)}):
         for vectors in range(1, dot_of(machine, depth).widest + 1):
             width = vectors * lanes
-            for outputs in sorted({share, _up(share, width)}):
-                length = _up(_spans(groups, outputs, width) * inputs, depth)
+            for outputs in sorted({share, tiles.up(share, width)}):
+                length = tiles.up(_spans(groups, outputs, width) * inputs, depth)
                 dot = dot_of(machine, length)
                 if vectors <= dot.widest:
                     loads = 1.0 if machine.isa == "aarch64" else _BROADCAST
-                    work = length * _up(groups * outputs, width) * (1 + loads / (vectors * dot.steps))
+                    work = length * tiles.up(groups * outputs, width) * (1 + loads / (vectors * dot.steps))
                     found.append((work, outputs, -vectors, length))
     _, outputs, vectors, length = min(found)
     return Band(-vectors * lanes, length, outputs, inputs, groups * inputs, share)
@@ -101,10 +102,6 @@ def _spans(groups: int, outputs: int, width: int) -> int:
     columns = groups * outputs
     firsts = range(0, columns, width)
     return max((min(first + width, columns) - 1) // outputs - first // outputs + 1 for first in firsts)
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 def joined(shape: tuple[int, ...], sums: Callable[..., Any], band: Band, flat: bool = False) -> Any:

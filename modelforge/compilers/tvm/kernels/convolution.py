@@ -245,7 +245,7 @@ def convolve(
     height, width = window.size
     kernel, depth, strides, dilation = window.kernel, weight.shape[3], window.strides, window.dilation
     columns = tile.rows // max(rows, 1)
-    tall, wide = (_up(height, rows), _up(width, columns)) if rows else (height, width)
+    tall, wide = (tiles.up(height, rows), tiles.up(width, columns)) if rows else (height, width)
     top, left = window.padding[:2]
     bottom, right = window.padded_for(tall, wide)
     macs = window.data[0] * height * width * window.channels * depth * prod(kernel)
@@ -303,7 +303,7 @@ def _tile(window: Window, machine: Machine, dtype: str) -> tuple[int, tiles.Tile
     single = tiles.choose(tiles.padded(width, machine), window.channels, machine, dtype)
     if width * 2 > machine.registers:
         return 1, single
-    several = [(rows * width, _up(height, rows) / height) for rows in range(1, machine.registers // width + 1)]
+    several = [(rows * width, tiles.up(height, rows) / height) for rows in range(1, machine.registers // width + 1)]
     tile = tiles.choose([*several, *tiles.padded(width, machine)], window.channels, machine, dtype)
     return (tile.rows // width, tile) if tile.rows % width == 0 else (1, tile)
 
@@ -321,7 +321,3 @@ def _chunk(window: Window, rows: int, tile: tiles.Tile, weight: np.ndarray[Any, 
     steps = max(1, half // (pixels * per_pixel * int(size)))
     usual = 0 if prod(window.data) * size <= half or weight.nbytes > half else steps
     return chosen("chunk", usual, lambda: [0, steps, steps * 2, steps // 2 or 1])
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step

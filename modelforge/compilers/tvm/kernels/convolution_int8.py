@@ -95,7 +95,7 @@ def _convolve(
     rows, tile = _tile(window, dot, machine, window.channels if band is None else band.width, depth)
     columns = tile.rows // rows
     height, width = window.size
-    tall, wide = _up(height, rows), _up(width, columns)
+    tall, wide = tiles.up(height, rows), tiles.up(width, columns)
     packed = pack(weight, dot, tile.columns)
     blocks, kernel_height, kernel_width, parts = (int(size) for size in packed.value.shape[:4])
     strides, dilation = window.strides, window.dilation
@@ -162,14 +162,14 @@ def _has_runs(window: Window, dot: Dot, machine: Machine) -> bool:
     channels, width = window.data[3], window.kernel[1]
     if width == 1 or window.dilation[1] != 1 or channels % dot.depth == 0:
         return False
-    return _whole(width * channels, machine) <= width * _up(channels, dot.depth)
+    return _whole(width * channels, machine) <= width * tiles.up(channels, dot.depth)
 
 
 def _whole(length: int, machine: Machine) -> int:
     """A length of whole steps, of the longest that cost little."""
     depths = sorted({dot_of(machine, size).depth for size in (16, 8, 4)}, reverse=True)
     return next(
-        rounded for depth in depths if (rounded := _up(length, depth)) <= _ROUNDED * length or depth == depths[-1]
+        rounded for depth in depths if (rounded := tiles.up(length, depth)) <= _ROUNDED * length or depth == depths[-1]
     )
 
 
@@ -191,16 +191,12 @@ def _tile(window: Window, dot: Dot, machine: Machine, channels: int, depth: int)
     widest = dot.widest if unit == 1 and channels >= window.channels else unit
 
     def choose(heights: list[tuple[int, float]]) -> tiles.Tile:
-        heights = dot.heights(heights, channels, _up(depth, dot.depth) // dot.depth)
+        heights = dot.heights(heights, channels, tiles.up(depth, dot.depth) // dot.depth)
         return tiles.choose(heights, channels, machine, "int32", widest, unit)
 
     single = choose(tiles.padded(width, machine))
     if width * 2 > machine.registers:
         return 1, single
-    several = [(rows * width, _up(height, rows) / height) for rows in range(1, machine.registers // width + 1)]
+    several = [(rows * width, tiles.up(height, rows) / height) for rows in range(1, machine.registers // width + 1)]
     tile = choose([*several, *tiles.padded(width, machine)])
     return (tile.rows // width, tile) if tile.rows % width == 0 else (1, tile)
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step

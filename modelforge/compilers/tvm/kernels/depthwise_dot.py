@@ -29,6 +29,7 @@ from modelforge.compilers.tvm.api import (
     tirx,
 )
 from modelforge.compilers.tvm.choices import chosen
+from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.convolution import Window, window_of
 from modelforge.compilers.tvm.kernels.depthwise import met
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished
@@ -130,10 +131,10 @@ def _convolve(window: Window, weight: np.ndarray[Any, Any], data: Activations, b
     batch, _, wide_in, channels = window.data
     dot, groups, tile = dot_of(machine, 4), _Groups.of(window), _tile(window, machine)
     columns, width = tile.vectors * dot.lanes, _block(window)
-    height, wide = window.size[0], _up(window.size[1], tile.columns)
-    tall = _up(height, tile.rows)
+    height, wide = window.size[0], tiles.up(window.size[1], tile.columns)
+    tall = tiles.up(height, tile.rows)
     top, left = window.padding[:2]
-    count = _up(groups.pixels(wide), 2)
+    count = tiles.up(groups.pixels(wide), 2)
     bottom, right = window.padded_for(tall, wide)[0], max(0, 2 * count + 2 - left - wide_in)
     strides, dilation = window.strides, window.dilation
     packed = relax.const(groups.pack(weight[..., 0], columns))
@@ -274,7 +275,7 @@ def _tile(window: Window, machine: Machine) -> _Tile:
                 loads += weights / pair
             loads += _SPILLED * groups.count * max(0, sums + _KEPT - machine.registers)
             steps = tall * (loads + sums * groups.count) + sums * (_ENDED if pair == 2 else _ENDED + 1)
-            waste = max(1.0, 8 / sums) * _up(width, columns) / width
+            waste = max(1.0, 8 / sums) * tiles.up(width, columns) / width
             found.append((round(waste * steps / sums, 9), columns, vectors))
     found.sort()
     ranked = [_Tile(_rows(window, columns, machine), columns, vectors) for _, columns, vectors in found[:_TRIED]]
@@ -284,7 +285,7 @@ def _tile(window: Window, machine: Machine) -> _Tile:
 def _rows(window: Window, columns: int, machine: Machine) -> int:
     """Rows of the result whose groups take half of the first-level cache, with little waste in the last block."""
     height, width = window.size
-    row = _Groups.of(window).pixels(_up(width, columns)) * _block(window) * 4
+    row = _Groups.of(window).pixels(tiles.up(width, columns)) * _block(window) * 4
     span = window.dilation[0] * (window.kernel[0] - 1) + 1
     most = max(4, (machine.l1d // 2 // row - span) // window.strides[0] + 1)
     blocks = -(-height // min(most, height))
@@ -294,10 +295,6 @@ def _rows(window: Window, columns: int, machine: Machine) -> int:
 def _block(window: Window) -> int:
     """Channels whose groups are made together."""
     return 16 if window.channels % 16 == 0 else 8
-
-
-def _up(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 @cache

@@ -85,10 +85,10 @@ def multiply(data: Any, weight: np.ndarray[Any, Any], builder: Any, machine: Mac
     unit = tiles.unit(columns, machine, dtype)
     tile = choose(rows, columns, machine, dtype, unit)
     depth = lanewise(inner, machine, dtype)
-    tall, deep = up(rows, tile.rows), up(inner, depth)
+    tall, deep = tiles.up(rows, tile.rows), tiles.up(inner, depth)
     packed = relax.const(pack(weight, unit * tile.lanes, deep))
     width, blocks = unit * tile.lanes, int(packed.value.shape[0])
-    wide = up(columns, tile.columns)
+    wide = tiles.up(columns, tile.columns)
     attrs = {RULE: Matmul.name, MACS: rows * inner * columns, TILE: [tile.rows, tile.vectors, tile.lanes]}
 
     start, marked = halves.starts((deep,), wide, machine, dtype)
@@ -240,8 +240,3 @@ def block_of(column: Any, width: int, wide: int, blocks: int) -> Any:
     """The block of packed weights that a column is in. A tile of several may reach beyond the last one (``wide``
     columns in all): what it makes of the last one's columns there again is cut off."""
     return column // width if wide <= blocks * width else tirx.min(column // width, blocks - 1)
-
-
-def up(size: int, step: int) -> int:
-    """The next multiple."""
-    return -(-size // step) * step

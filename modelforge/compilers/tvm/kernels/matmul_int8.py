@@ -29,7 +29,7 @@ from modelforge.compilers.tvm.kernels import tiles
 from modelforge.compilers.tvm.kernels.bands import band_of, before_joining, in_turn, joined
 from modelforge.compilers.tvm.kernels.dot import Dot, dot_of, finished, pack, store_products
 from modelforge.compilers.tvm.kernels.loops import neighbours
-from modelforge.compilers.tvm.kernels.matmul import block_of, up
+from modelforge.compilers.tvm.kernels.matmul import block_of
 from modelforge.compilers.tvm.kernels.quantized import Activations, activations_of
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.kernels.starts import emit_from
@@ -86,11 +86,11 @@ def multiply(data: Activations, weight: np.ndarray[Any, Any], builder: Any, mach
         band = band_of(weight, groups, machine)
         unit = band.width // dot.lanes
         weight, dot = band.weights(weight), dot_of(machine, band.length)
-        heights = dot.heights(tiles.padded(rows, machine), band.width, up(band.length, dot.depth) // dot.depth)
+        heights = dot.heights(tiles.padded(rows, machine), band.width, tiles.up(band.length, dot.depth) // dot.depth)
         tile = tiles.choose(heights, band.width, machine, "int32", unit, unit)
     packed = pack(weight, dot, unit * dot.lanes)
     width, blocks, parts = unit * dot.lanes, int(packed.value.shape[0]), int(packed.value.shape[3])
-    tall, wide = up(rows, tile.rows), up(len(weight), tile.columns)
+    tall, wide = tiles.up(rows, tile.rows), tiles.up(len(weight), tile.columns)
     depth, apart = (inner, None) if band is None else (band.length, band if band.apart else None)
     attrs = {RULE: MatmulInt8.name, MACS: macs, TILE: [tile.rows, tile.vectors, depth, int(apart is not None)]}
     zero = data.zero_for(dot)
@@ -153,5 +153,5 @@ def _tile(rows: int, columns: int, depth: int, dot: Dot, machine: Machine) -> tu
     columns = max(columns, dot.lanes)
     unit = tiles.unit(columns, machine, "int32", dot.widest)
     widest = max(dot.widest, (machine.registers - 4) // rows // dot.steps) if rows < 4 else dot.widest
-    heights = dot.heights(tiles.padded(rows, machine), columns, up(depth, dot.depth) // dot.depth)
+    heights = dot.heights(tiles.padded(rows, machine), columns, tiles.up(depth, dot.depth) // dot.depth)
     return unit, tiles.choose(heights, columns, machine, "int32", widest, unit)

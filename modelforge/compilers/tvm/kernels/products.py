@@ -26,7 +26,7 @@ from modelforge.compilers.tvm.api import (
 )
 from modelforge.compilers.tvm.kernels import halves, tiles
 from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, neighbours, partition, spread
-from modelforge.compilers.tvm.kernels.matmul import choose, copy_rows, in_tiles, lanewise, split_off_loads, sum_tile, up
+from modelforge.compilers.tvm.kernels.matmul import choose, copy_rows, in_tiles, lanewise, split_off_loads, sum_tile
 from modelforge.compilers.tvm.kernels.rule import MACS, RULE, TILE
 from modelforge.compilers.tvm.kernels.views import View, flat_index, split_index, view_of
 from modelforge.compilers.tvm.machine import Machine
@@ -47,12 +47,12 @@ class Product:
     @property
     def tall(self) -> int:
         """Rows in whole tiles."""
-        return up(self.rows, self.tile.rows)
+        return tiles.up(self.rows, self.tile.rows)
 
     @property
     def deep(self) -> int:
         """The inner axis in whole loads."""
-        return up(self.inner, self.depth)
+        return tiles.up(self.inner, self.depth)
 
     @property
     def blocks(self) -> int:

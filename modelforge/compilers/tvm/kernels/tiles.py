@@ -132,6 +132,11 @@ def padded(count: int, machine: Machine) -> list[tuple[int, float]]:
     return [(size, -(-count // size) * size / count) for size in range(1, min(count, machine.registers) + 1)]
 
 
+def up(size: int, step: int) -> int:
+    """The next multiple."""
+    return -(-size // step) * step
+
+
 def _lanes(columns: int, lanes: int) -> int:
     """Narrower vectors where there are fewer columns than lanes."""
     while lanes > 4 and columns <= lanes // 2:
