@@ -18,10 +18,12 @@ from modelforge.compilers.tvm.kernels.loops import PARALLEL_WORK, partition, spr
 from modelforge.compilers.tvm.machine import Machine
 
 _REGISTERS: Final = 32
+"""Of vectors, on every core that has SDOT (Arm ARM, A1.4)."""
 _TWICE: Final = 0.96
 """Instructions for a product where a turn of the loop has two steps, beside those where it has one, of a tile of 7 x 8
 or 8 x 8 sums as compiled; smaller tiles gain as much and start from more."""
 _LARGE: Final = 12
+"""Sums of a tile from which choosing it for that is worth the waste."""
 
 
 @dataclass(frozen=True)
