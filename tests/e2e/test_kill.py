@@ -78,8 +78,8 @@ def test_no_child_outlives_an_interrupted_build(tmp_path: Path) -> None:
         children = _wait_for_children(str(forge.home))
         assert children
         process.send_signal(sent)
-        assert process.wait(timeout=30) == code
-        deadline = time.monotonic() + 15
+        assert process.wait(timeout=120) == code
+        deadline = time.monotonic() + 60
         while _children(str(forge.home)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert _children(str(forge.home)) == []

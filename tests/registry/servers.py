@@ -129,7 +129,7 @@ def await_http(url: str, process: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
         with contextlib.suppress(OSError):
             try:
-                urllib.request.urlopen(url, timeout=5).close()
+                urllib.request.urlopen(url, timeout=60).close()
             except urllib.error.HTTPError as error:
                 error.close()
             return
@@ -140,7 +140,7 @@ def await_http(url: str, process: subprocess.Popen[bytes]) -> None:
 
 def await_port(port: int, process: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60):
             return
         assert process.poll() is None, "the server ended"
         time.sleep(0.02)

@@ -72,7 +72,7 @@ def test_threads_that_want_one_blob(stub: Stub, bundle: Bundle, store: Store, tm
 
     def hold(handler: Handler, kind: str, name: str) -> bool:
         if name == engine:
-            waiting.wait(5)
+            waiting.wait(60)
         return False
 
     stub.misbehave = hold
@@ -83,7 +83,7 @@ def test_threads_that_want_one_blob(stub: Stub, bundle: Bundle, store: Store, tm
 
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(one, number) for number in range(4)]
-        waiting.wait(5)
+        waiting.wait(60)
         assert sum(future.result() for future in futures) == 300_000
     assert sum(engine in seen[1] for seen in stub.seen) == 1
 

@@ -73,7 +73,7 @@ def test_a_worker_that_hangs_is_stopped(installed: tuple[Environment, Path], tmp
 
 def test_no_child_of_a_worker_survives(installed: tuple[Environment, Path], tmp_path: Path) -> None:
     child = ask(installed[0], tmp_path, how="child")["child"]
-    for _ in range(100):
+    for _ in range(1500):
         stat = Path(f"/proc/{child}/stat")
         if not stat.exists() or stat.read_text().split()[2] == "Z":
             return

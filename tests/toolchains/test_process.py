@@ -30,7 +30,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_dead(pid: int) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while is_alive(pid) and time.monotonic() < deadline:
         os.sched_yield()
     return not is_alive(pid)
@@ -55,7 +55,7 @@ def test_an_exit_code_and_a_signal_are_put_in_words(tmp_path: Path) -> None:
 def test_a_hang_is_stopped_at_its_time_limit(tmp_path: Path) -> None:
     begun = time.monotonic()
     finished = python("import signal; signal.pause()", tmp_path, timeout=0.3)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert finished.timed_out
     assert not finished.ok
     assert "its time limit" in finished.ending()
@@ -69,7 +69,7 @@ def test_a_grandchild_left_running_is_killed(tmp_path: Path, hangs: bool) -> Non
         "child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
         "pathlib.Path('pid').write_text(str(child.pid))\n" + ("signal.pause()" if hangs else "")
     )
-    finished = python(code, tmp_path, timeout=1.5 if hangs else 20)
+    finished = python(code, tmp_path, timeout=5 if hangs else 60)
     assert finished.timed_out is hangs
     assert wait_until_dead(int((tmp_path / "pid").read_text()))
 
@@ -113,14 +113,14 @@ def test_kill_all_ends_what_runs(tmp_path: Path) -> None:
 
     def work() -> None:
         code = "import pathlib, signal; pathlib.Path('up').touch(); signal.pause()"
-        results.append(python(code, tmp_path, timeout=20))
+        results.append(python(code, tmp_path, timeout=60))
 
     thread = threading.Thread(target=work)
     thread.start()
     while thread.is_alive() and not (tmp_path / "up").exists():
         os.sched_yield()
     process.kill_all()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert results[0].returncode == -signal.SIGKILL
     assert not results[0].timed_out

@@ -81,7 +81,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "misbehaving.py").write_text(MODULE)
 
     def calling(function: str, request: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-        options = {"workdir": tmp_path / "work", "timeout": 20, "what": "the step"} | more
+        options = {"workdir": tmp_path / "work", "timeout": 120, "what": "the step"} | more
         return worker.call(f"misbehaving:{function}", request or {}, env={"PYTHONPATH": str(tmp_path)}, **options)
 
     return calling

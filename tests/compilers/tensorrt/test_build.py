@@ -273,7 +273,7 @@ def test_a_builder_that_hangs_is_stopped(tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(BuildError, match="its time limit"):
         compile_for(gpu(80), conv_net(tmp_path / "m.onnx", np.float16), tmp_path / "work", timeout=0.05)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     assert not (tmp_path / "work" / "main.engine").exists()
 
 
