@@ -230,6 +230,11 @@ def written_dtype(sch: Any, block: Any) -> str:
     return str(sch.get(block).writes[0].source.dtype)
 
 
+def intrinsic(name: str) -> int:
+    """LLVM's number for one of its intrinsic functions, which calls of it carry."""
+    return int(tvm.target.codegen.llvm_lookup_intrinsic_id(name))
+
+
 def lanes_of(value: Any) -> int:
     """Elements of a vector; 1 of a scalar."""
     return int(tvm.DataType(value.ty.dtype).lanes)
@@ -237,7 +242,7 @@ def lanes_of(value: Any) -> int:
 
 def is_choice(value: Any) -> bool:
     """Whether this is an if_then_else of TIR."""
-    return str(getattr(getattr(value, "op", None), "name", "")) == "tirx.if_then_else"
+    return op_name(value) == "prim.if_then_else"
 
 
 def variables(expression: Any) -> list[Any]:

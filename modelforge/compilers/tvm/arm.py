@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from modelforge.compilers.tvm.api import lanes_of, op_name, structural_map, tirx
+from modelforge.compilers.tvm.api import intrinsic, lanes_of, op_name, relax, structural_map, tirx
+from modelforge.compilers.tvm.kernels.mathematics import USQADD
 
 _EXTREMES: Final = {"Max": "llvm.maximum", "Min": "llvm.minimum"}
 _CONVERT: Final = "llvm.aarch64.neon.fcvtns"
@@ -20,6 +21,7 @@ def with_own_instructions(body: Any) -> Any:
     """The body of a vectorised kernel with Arm's own instructions in it."""
     for kind in (tirx.Max, tirx.Min):
         body = structural_map(body, (kind, _extreme), order="post")
+    body = structural_map(body, (relax.Call, _parted), order="post")
     return structural_map(body, (tirx.Cast, _converted), order="post")
 
 
@@ -32,24 +34,39 @@ def _extreme(call: Any) -> Any:
 
 
 def _converted(cast: Any) -> Any:
-    """FCVTNS: to nearest, ties to even, with saturation; in parts as wide as a register, as the others are illegal."""
+    """FCVTNS: to nearest, ties to even, with saturation."""
     value = cast.value
     dtype, lanes = str(cast.ty.dtype), lanes_of(cast)
     if not dtype.startswith("int32") or lanes % _LANES or op_name(value) != "tirx.round":
         return cast
     if not str(value.ty.dtype).startswith("float32"):
         return cast
-    source = value.args[0]
+    return _in_parts(_CONVERT, [value.args[0]], lanes)
+
+
+def _parted(call: Any) -> Any:
+    """Arm's instructions that a rule asked for, over more lanes than a register has."""
+    if op_name(call) != "tirx.call_llvm_pure_intrin" or int(call.args[0]) != intrinsic(USQADD):
+        return call
+    lanes = lanes_of(call)
+    return call if lanes < _LANES else _in_parts(USQADD, list(call.args[1:]), lanes)
+
+
+def _in_parts(name: str, operands: list[Any], lanes: int) -> Any:
+    """An instruction with int32 results, in parts as wide as a register: LLVM takes its own at no other width."""
     if lanes == _LANES:
-        return _convert(source)
-    name = tirx.Var("rounded", source.ty.dtype)
-    parts = [
-        _convert(tirx.Shuffle([name], [tirx.IntImm("int32", first + lane) for lane in range(_LANES)]))
-        for first in range(0, lanes, _LANES)
-    ]
+        return _call(name, operands)
+    values = [tirx.Var("value", operand.ty.dtype) for operand in operands]
+    parts = [_call(name, [_part(value, first) for value in values]) for first in range(0, lanes, _LANES)]
     joined = tirx.Shuffle(parts, [tirx.IntImm("int32", lane) for lane in range(lanes)])
-    return tirx.Let(name, source, joined)
+    for value, operand in zip(values, operands, strict=True):
+        joined = tirx.Let(value, operand, joined)
+    return joined
 
 
-def _convert(value: Any) -> Any:
-    return tirx.call_llvm_pure_intrin(f"int32x{_LANES}", _CONVERT, value)
+def _part(value: Any, first: int) -> Any:
+    return tirx.Shuffle([value], [tirx.IntImm("int32", first + lane) for lane in range(_LANES)])
+
+
+def _call(name: str, operands: list[Any]) -> Any:
+    return tirx.call_llvm_pure_intrin(f"int32x{_LANES}", name, *operands)

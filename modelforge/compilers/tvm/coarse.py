@@ -1,7 +1,9 @@
-"""Sigmoids whose results become bytes need few digits: a shorter polynomial serves them.
+"""Sigmoids whose results become bytes need few digits: a shorter polynomial serves them, and what they gate.
 
 Idea: a byte has 256 steps, so a relative error of 8e-5 in a factor of what is rounded moves it by 0.02 of a step at
-most, wherever it lies; the polynomial for that has four terms where FP32's digits take eight. Runs on integer graphs.
+most, wherever it lies; the polynomial for that has four terms where FP32's digits take eight. What such a sigmoid
+multiplies is divided instead by what the sigmoid divides one by, and factors go into the scales that are there. Runs on
+integer graphs.
 """
 
 from __future__ import annotations
@@ -9,10 +11,24 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, Final
 
-from modelforge.compilers.tvm.api import Mutator, bindings, dtype_of, mutator, op_name, relax
+import numpy as np
+
+from modelforge.compilers.tvm.api import (
+    Mutator,
+    bindings,
+    constant_value,
+    dtype_of,
+    is_constant,
+    mutator,
+    op_name,
+    relax,
+    shape_of,
+    te,
+)
 from modelforge.compilers.tvm.earlier import only_moves
-from modelforge.compilers.tvm.kernels.elementwise import apply
-from modelforge.compilers.tvm.kernels.mathematics import coarse_sigmoid
+from modelforge.compilers.tvm.kernels.elementwise import emit_function
+from modelforge.compilers.tvm.kernels.mathematics import COARSE_UNIT, LOG2E, coarse_quotient, number
+from modelforge.compilers.tvm.machine import Machine
 
 _BYTES: Final = ("int8", "uint8")
 _BETWEEN: Final = frozenset(
@@ -25,8 +41,9 @@ _BETWEEN: Final = frozenset(
 class CoarseSigmoids(Mutator):  # type: ignore[misc]  # TVM ships no types
     """Replaces sigmoids that nothing reads but what rounds to 8 bits."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
+        self._machine = machine
         self._given: dict[Any, Any] = {}
         self._readers: defaultdict[Any, list[Any]] = defaultdict(list)
         self._become_bytes: dict[Any, bool] = {}
@@ -42,9 +59,44 @@ class CoarseSigmoids(Mutator):  # type: ignore[misc]  # TVM ships no types
         ]
 
     def visit_call_(self, call: Any) -> Any:
-        coarse = any(call.same_as(found) for found in self._coarse)
-        call = self.visit_expr_post_order(call)
-        return apply(coarse_sigmoid, call.args[0], self.builder_, "coarse_sigmoid") if coarse else call
+        gate = self._gate(call)
+        if gate is None and not self._is_coarse(call):
+            return self.visit_expr_post_order(call)
+        numerator, sigmoid = gate or (None, call)
+        operands = [] if numerator is None else [self._times(numerator, COARSE_UNIT)]
+        operands.append(self._times(sigmoid.args[0], -LOG2E))
+        return emit_function(self._quotient, operands, self.builder_, "coarse_quotient")
+
+    def _quotient(self, *tensors: Any) -> Any:
+        exponents = tensors[-1]
+
+        def element(*i: Any) -> Any:
+            numerator = number(COARSE_UNIT) if len(tensors) == 1 else tensors[0](*i)
+            return coarse_quotient(numerator, exponents(*i), self._machine)
+
+        return te.compute(exponents.shape, element, name="coarse_quotient")
+
+    def _gate(self, call: Any) -> tuple[Any, Any] | None:
+        """What a coarse sigmoid of the same shape multiplies, which nothing else reads, and that sigmoid."""
+        if op_name(call) != "relax.multiply":
+            return None
+        for value, other in (call.args, reversed(call.args)):
+            sigmoid = self._given.get(other)
+            if sigmoid is not None and self._is_coarse(sigmoid) and len(self._readers[other]) == 1:
+                return (value, sigmoid) if shape_of(value) == shape_of(sigmoid) else None
+        return None
+
+    def _is_coarse(self, call: Any) -> bool:
+        return any(call.same_as(found) for found in self._coarse)
+
+    def _times(self, value: Any, factor: float) -> Any:
+        """``value * factor``, in the constant that it is multiplied by already where there is one."""
+        given = self._given.get(value)
+        constant = self._given.get(given.args[1], given.args[1]) if op_name(given) == "relax.multiply" else None
+        if constant is not None and is_constant(constant):
+            value, factors = given.args[0], constant_value(constant).astype(np.float64) * factor
+            factor = factors.astype(np.float32)
+        return self.builder_.emit(relax.op.multiply(self.visit_expr(value), relax.const(factor, "float32")))
 
     def _all_bytes(self, variable: Any) -> bool:
         if variable not in self._become_bytes:

@@ -27,7 +27,7 @@ def lower(module: Any, machine: Machine) -> Any:
         for mutator in (EarlierQuantize, ForwardShuffles):
             module = rewritten(module, mutator)
         module = channels_last(to_integers(module, machine))
-        return to_kernels(rewritten(module, CoarseSigmoids), machine)
+        return to_kernels(rewritten(module, lambda own: CoarseSigmoids(own, machine)), machine)
 
 
 def to_kernels(module: Any, machine: Machine) -> Any:

@@ -158,10 +158,16 @@ def _convolve(
 
 
 def _has_runs(window: Window, dot: Dot, machine: Machine) -> bool:
-    """Whether the rows of a window, each as one run of bytes, take no more steps than filled up pixels."""
+    """Whether the rows of a window, each as one run of bytes, take no more steps than filled up pixels.
+
+    Whole pixels take as many either way, and longer loops are better ones; but the input must be copied for runs, which
+    only padding makes necessary anyway.
+    """
     channels, width = window.data[3], window.kernel[1]
-    if width == 1 or window.dilation[1] != 1 or channels % dot.depth == 0:
+    if width == 1 or window.dilation[1] != 1:
         return False
+    if channels % dot.depth == 0:
+        return any(window.padding)
     return _whole(width * channels, machine) <= width * tiles.up(channels, dot.depth)
 
 

@@ -7,7 +7,7 @@ Bound: ten to twenty arithmetic instructions a vector, hidden behind loads where
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -74,7 +74,6 @@ def apply(function: Callable[[Any], Any], data: Any, builder: Any, name: str) ->
     dtype = dtype_of(data)
     if dtype not in ("float32", "float16"):
         return None
-    depth = 1 + _depth(data, builder)
 
     def element(x: Any) -> Any:
         return function(x) if dtype == "float32" else tirx.Cast(dtype, function(tirx.Cast("float32", x)))
@@ -82,9 +81,15 @@ def apply(function: Callable[[Any], Any], data: Any, builder: Any, name: str) ->
     def compute(data: Any) -> Any:
         return te.compute(data.shape, lambda *i: element(data(*i)), name=name)
 
+    return emit_function(compute, [data], builder, name)
+
+
+def emit_function(compute: Callable[..., Any], operands: Sequence[Any], builder: Any, name: str) -> Any:
+    """Emit a function of each element of ``operands``, which fuses with what it follows unless that is deep already."""
+    depth = 1 + max(_depth(operand, builder) for operand in operands)
     if depth > _DEEPEST:
-        return emit_kernel(builder, compute, data, name=name, pattern=OUT_FUSIBLE, **{DEPTH: 1})
-    return emit_kernel(builder, compute, data, name=name, pattern=ELEMENTWISE, **{DEPTH: depth})
+        return emit_kernel(builder, compute, *operands, name=name, pattern=OUT_FUSIBLE, **{DEPTH: 1})
+    return emit_kernel(builder, compute, *operands, name=name, pattern=ELEMENTWISE, **{DEPTH: depth})
 
 
 def _depth(expression: Any, builder: Any) -> int:

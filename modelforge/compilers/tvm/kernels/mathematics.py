@@ -14,8 +14,9 @@ from math import sqrt as root
 from typing import Any, Final
 
 from modelforge.compilers.tvm.api import tirx
+from modelforge.compilers.tvm.machine import Machine
 
-_LOG2E: Final = 1.4426950408889634
+LOG2E: Final = 1.4426950408889634
 _LN2: Final = (0.693359375, -2.12194440e-4)
 """ln 2 in two parts, the first with few bits: its product with a small integer is exact (Cody and Waite)."""
 _ROUND: Final = 12582912.0
@@ -30,8 +31,15 @@ _EXP: Final = (
     1.3981999507e-3,
     1.9875691500e-4,
 )
-_EXP2: Final = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.0551716685295105)
+_LEAST: Final = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.0551716685295105)
 """Powers of two over [-1/2, 1/2], with the least relative error of four terms: 7.5e-5."""
+COARSE_UNIT: Final = 1 / _LEAST[3]
+"""What sums of 1 and such powers are multiplied by, for a polynomial whose highest term has no factor."""
+_EXP2: Final = (_LEAST[2] / _LEAST[3], _LEAST[1] / _LEAST[3], (_LEAST[0] - _LEAST[1] * _LEAST[2] / _LEAST[3]) / _LEAST[3])
+"""a, b and c of (f + a) (f f + b) + c, which is that polynomial in that unit: products and sums without copies."""
+_FARTHEST: Final = 120.0
+USQADD: Final = "llvm.aarch64.neon.usqadd"
+"""An unsigned number and a signed one: their sum, or zero where it is less (Arm ARM)."""
 _LOG: Final = (
     3.3333331174e-1,
     -2.4999993993e-1,
@@ -86,18 +94,31 @@ def sigmoid(x: Any) -> Any:
     return let(x, lambda x: number(1.0) / (number(1.0) + _exp(-x, -88.0, 88.7, _scaled)))
 
 
-def coarse_sigmoid(x: Any) -> Any:
-    """As :func:`sigmoid`, within 8e-5 of it, relatively; at least 2**-124."""
+def coarse_quotient(numerator: Any, t: Any, machine: Machine) -> Any:
+    """``numerator / (1 + 2**t) / COARSE_UNIT``, within 8e-5 of it, relatively; zero for infinite ``t``.
 
-    def inverse(t: Any, rounded: Any) -> Any:
-        part = t - (rounded - number(_ROUND))
+    ``t`` counts between -120 and 120, which is far beyond what 8 bits of the result can tell.
+    """
+
+    def power(t: Any) -> Any:
+        if machine.isa == "aarch64":
+            return let(tirx.min(number(_FARTHEST), t), lambda t: let(tirx.round(t), lambda n: saturated(t, n)))
+        bounded = tirx.max(number(-_FARTHEST), tirx.min(number(_FARTHEST), t))
+        return let(bounded, lambda t: let(t + number(_ROUND), lambda rounded: shifted(t, rounded)))
+
+    def shifted(t: Any, rounded: Any) -> Any:
         # The last bits of ``rounded`` are the power of two, and what stands above them is shifted out.
-        return tirx.reinterpret("float32", _bits(horner(_EXP2, part)) + (_bits(rounded) << 23))
+        return tirx.reinterpret("float32", _bits(polynomial(t - (rounded - number(_ROUND)))) + (_bits(rounded) << 23))
 
-    def quotient(t: Any) -> Any:
-        return number(1.0) / (number(1.0) + let(t + number(_ROUND), lambda rounded: inverse(t, rounded)))
+    def saturated(t: Any, n: Any) -> Any:
+        # FCVTZS shifts and bounds, USQADD ends at zero, which is what two to the least powers should give.
+        power = tirx.call_llvm_pure_intrin("int32", "llvm.fptosi.sat", n * number(float(1 << 23)))
+        return tirx.reinterpret("float32", tirx.call_llvm_pure_intrin("int32", USQADD, _bits(polynomial(t - n)), power))
 
-    return let(tirx.max(number(-124.0), tirx.min(number(124.0), x * number(-_LOG2E))), quotient)
+    def polynomial(part: Any) -> Any:
+        return let(part, lambda f: (f + number(_EXP2[0])) * (f * f + number(_EXP2[1])) + number(_EXP2[2]))
+
+    return numerator / (number(COARSE_UNIT) + power(t))
 
 
 def silu(x: Any) -> Any:
@@ -187,7 +208,7 @@ def _exp(x: Any, low: float, high: float, scale: Callable[[Any, Any], Any]) -> A
         return let(_bits(rounded) - _bits(number(_ROUND)), lambda n: scale(polynomial, n))
 
     bounded = tirx.min(number(high), tirx.max(number(low), x))
-    return let(bounded, lambda x: let(x * number(_LOG2E) + number(_ROUND), lambda rounded: parts(x, rounded)))
+    return let(bounded, lambda x: let(x * number(LOG2E) + number(_ROUND), lambda rounded: parts(x, rounded)))
 
 
 def _fraction(x: Any, n: Any) -> Any:
