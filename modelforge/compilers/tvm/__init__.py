@@ -37,7 +37,7 @@ class TvmCompiler:
     name: str = "tvm"
     title: str = "Apache TVM"
     section: str | None = "tune"
-    code_version: str = "5"
+    code_version: str = "6"
 
     def probe(self, target: Target | None = None) -> Toolchain | Missing:
         del target  # what it builds for one, it builds for all

@@ -91,12 +91,14 @@ class CoarseSigmoids(Mutator):  # type: ignore[misc]  # TVM ships no types
 
     def _times(self, value: Any, factor: float) -> Any:
         """``value * factor``, in the constant that it is multiplied by already where there is one."""
-        given = self._given.get(value)
-        constant = self._given.get(given.args[1], given.args[1]) if op_name(given) == "relax.multiply" else None
-        if constant is not None and is_constant(constant):
-            value, factors = given.args[0], constant_value(constant).astype(np.float64) * factor
-            factor = factors.astype(np.float32)
-        return self.builder_.emit(relax.op.multiply(self.visit_expr(value), relax.const(factor, "float32")))
+        factors = np.array(factor)
+        given: Any = self._given.get(value)
+        if op_name(given) == "relax.multiply":
+            constant = self._given.get(given.args[1], given.args[1])
+            if is_constant(constant):
+                value, factors = given.args[0], constant_value(constant).astype(np.float64) * factor
+        scale = relax.const(factors.astype(np.float32))
+        return self.builder_.emit(relax.op.multiply(self.visit_expr(value), scale))
 
     def _all_bytes(self, variable: Any) -> bool:
         if variable not in self._become_bytes:

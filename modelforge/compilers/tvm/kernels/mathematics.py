@@ -35,7 +35,11 @@ _LEAST: Final = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.0
 """Powers of two over [-1/2, 1/2], with the least relative error of four terms: 7.5e-5."""
 COARSE_UNIT: Final = 1 / _LEAST[3]
 """What sums of 1 and such powers are multiplied by, for a polynomial whose highest term has no factor."""
-_EXP2: Final = (_LEAST[2] / _LEAST[3], _LEAST[1] / _LEAST[3], (_LEAST[0] - _LEAST[1] * _LEAST[2] / _LEAST[3]) / _LEAST[3])
+_EXP2: Final = (
+    _LEAST[2] / _LEAST[3],
+    _LEAST[1] / _LEAST[3],
+    (_LEAST[0] - _LEAST[1] * _LEAST[2] / _LEAST[3]) / _LEAST[3],
+)
 """a, b and c of (f + a) (f f + b) + c, which is that polynomial in that unit: products and sums without copies."""
 _FARTHEST: Final = 120.0
 USQADD: Final = "llvm.aarch64.neon.usqadd"

@@ -137,18 +137,22 @@ def test_sums_do_not_saturate(machine: Machine) -> None:
     assert ours.max() == pytest.approx(576, rel=1e-3)
 
 
-FIRST = [
+RUNS = [
     ((1, 3, 23, 61), (7, 7), 2),
-    ((2, 3, 14, 30), (3, 3), 2),
+    ((1, 16, 10, 21), (3, 3), 2),
     ((1, 1, 12, 21), (5, 5), 1),
+    ((1, 32, 9, 12), (3, 3), 1),
+    ((2, 3, 14, 30), (3, 3), 2),
     ((1, 6, 9, 17), (1, 3), 1),
 ]
-"""Images of few channels: a row of a window is one run of bytes."""
+"""Images of few channels, and padded ones: a row of a window is one run of bytes."""
 
 
 @pytest.mark.parametrize("machine", runnable(AVX512, AVX2))
-@pytest.mark.parametrize(("shape", "kernel", "stride"), FIRST)
-def test_first_layers(shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: int, machine: Machine) -> None:
+@pytest.mark.parametrize(("shape", "kernel", "stride"), RUNS)
+def test_rows_of_windows(
+    shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: int, machine: Machine
+) -> None:
     layers, scale = layer(shape, 16, kernel, stride, pad=kernel[0] // 2, zero=-9)
     x = layers.rng.normal(size=shape).astype(np.float32)
     executable, reports = compiled(layers.model(), machine)
@@ -157,8 +161,8 @@ def test_first_layers(shape: tuple[int, int, int, int], kernel: tuple[int, int],
 
 
 @pytest.mark.parametrize("tag", ["cortex-a76", "cortex-a53"])
-@pytest.mark.parametrize(("shape", "kernel", "stride"), FIRST[::2])
-def test_first_layers_on_arm(
+@pytest.mark.parametrize(("shape", "kernel", "stride"), RUNS[:4])  # batches of one
+def test_rows_of_windows_on_arm(
     shape: tuple[int, int, int, int], kernel: tuple[int, int], stride: int, tag: str, build: Build, tmp_path: Path
 ) -> None:
     needs_qemu()
@@ -182,3 +186,18 @@ def test_three_channels_are_not_filled_up_to_four() -> None:
         for shape in re.findall(r'param_\d+: T\.Buffer\(\((.*?)\), "int8"\)', first.script())
     ]
     assert sizes == [16 * 7 * 24]
+
+
+@pytest.mark.parametrize(("pad", "axes"), [(1, 3), (0, None)])
+def test_padded_rows_are_runs_with_borders_of_their_own(pad: int, axes: int | None) -> None:
+    """Whole steps too: the copy has one axis for columns and channels, and no vector of it asks where it is."""
+    from modelforge.compilers.tvm import lowering, scheduling
+    from modelforge.compilers.tvm.api import kernels
+
+    layers, _ = layer((1, 16, 20, 20), 32, (3, 3), pad=pad)
+    machine = MACHINES["cortex-a76"]
+    module, _ = scheduling.schedule_all(lowering.lower(imported(layers.model()), machine), machine)
+    (script,) = [body.script() for name, body in kernels(module) if "convolution_int8" in name.name_hint]
+    copied = re.search(r"pad_operand = T\.(?:sblock_)?alloc_buffer\(\((.*?)\)", script)
+    assert (copied.group(1).count(",") + 1 if copied else None) == axes, script
+    assert ("pragma_loop_partition_hint" in script) == (axes is not None)
