@@ -240,6 +240,11 @@ def lanes_of(value: Any) -> int:
     return int(tvm.DataType(value.ty.dtype).lanes)
 
 
+def element_of(value: Any) -> str:
+    """The type of a vector's elements; a scalar's own."""
+    return str(value.ty.dtype).partition("x")[0]
+
+
 def is_choice(value: Any) -> bool:
     """Whether this is an if_then_else of TIR."""
     return op_name(value) == "prim.if_then_else"

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from modelforge.compilers.tvm.api import intrinsic, lanes_of, op_name, relax, structural_map, tirx
+from modelforge.compilers.tvm.api import element_of, intrinsic, lanes_of, op_name, relax, structural_map, tirx
 from modelforge.compilers.tvm.kernels.mathematics import USQADD
 
 _EXTREMES: Final = {"Max": "llvm.maximum", "Min": "llvm.minimum"}
 _CONVERT: Final = "llvm.aarch64.neon.fcvtns"
+SQRDMULH: Final = "llvm.aarch64.neon.sqrdmulh"
+"""Twice the product of two numbers of 16 or 32 bits, the high half of it, rounded (Arm ARM)."""
+SQSHL: Final = "llvm.aarch64.neon.sqshl"
+"""A number shifted to the left, or where it ends (Arm ARM)."""
+_SHIFTED: Final = "llvm.sshl.sat"
 _LANES: Final = 4
 """Floats in a vector register."""
 
@@ -45,28 +50,48 @@ def _converted(cast: Any) -> Any:
 
 
 def _parted(call: Any) -> Any:
-    """Arm's instructions that a rule asked for, over more lanes than a register has."""
-    if op_name(call) != "tirx.call_llvm_pure_intrin" or int(call.args[0]) != intrinsic(USQADD):
+    """Arm's instructions that a rule asked for, over more lanes than a register has, or fewer than an instruction."""
+    if op_name(call) != "tirx.call_llvm_pure_intrin":
         return call
-    lanes = lanes_of(call)
-    return call if lanes < _LANES else _in_parts(USQADD, list(call.args[1:]), lanes)
+    name = next((name for name in (USQADD, SQRDMULH, SQSHL) if intrinsic(name) == int(call.args[0])), None)
+    lanes, operands = lanes_of(call), list(call.args[1:])
+    if name is None or (lanes < _LANES and name == USQADD):  # which there is of one number and of two
+        return call
+    if lanes >= _LANES:
+        return _in_parts(name, operands, lanes, element_of(call))
+    return _doubled(*operands) if name == SQRDMULH else tirx.call_llvm_pure_intrin(call.ty.dtype, _SHIFTED, *operands)
 
 
-def _in_parts(name: str, operands: list[Any], lanes: int) -> Any:
-    """An instruction with int32 results, in parts as wide as a register: LLVM takes its own at no other width."""
-    if lanes == _LANES:
-        return _call(name, operands)
+def _doubled(one: Any, other: Any) -> Any:
+    """What SQRDMULH is, for lanes that it does not have; not for two numbers that are both the least one."""
+    wide = {"int16": "int32", "int32": "int64"}[element_of(one)]
+    bits, lanes = int(wide[3:]) // 2 - 1, lanes_of(one)
+    whole = wide if lanes == 1 else f"{wide}x{lanes}"
+
+    def everywhere(number: int) -> Any:
+        constant = tirx.const(number, wide)
+        return constant if lanes == 1 else tirx.Broadcast(constant, lanes)
+
+    product = tirx.Cast(whole, one) * tirx.Cast(whole, other) + everywhere(1 << (bits - 1))
+    return tirx.Cast(one.ty.dtype, product >> everywhere(bits))
+
+
+def _in_parts(name: str, operands: list[Any], lanes: int, element: str = "int32") -> Any:
+    """An instruction with integer results, in parts as wide as a register: LLVM takes its own at no other width."""
+    width = min(lanes, _LANES if element == "int32" else 2 * _LANES)
+    dtype = f"{element}x{width}"
+    if lanes == width:
+        return tirx.call_llvm_pure_intrin(dtype, name, *operands)
     values = [tirx.Var("value", operand.ty.dtype) for operand in operands]
-    parts = [_call(name, [_part(value, first) for value in values]) for first in range(0, lanes, _LANES)]
+    parts = [
+        tirx.call_llvm_pure_intrin(dtype, name, *(_part(value, first, width) for value in values))
+        for first in range(0, lanes, width)
+    ]
     joined = tirx.Shuffle(parts, [tirx.IntImm("int32", lane) for lane in range(lanes)])
     for value, operand in zip(values, operands, strict=True):
         joined = tirx.Let(value, operand, joined)
     return joined
 
 
-def _part(value: Any, first: int) -> Any:
-    return tirx.Shuffle([value], [tirx.IntImm("int32", first + lane) for lane in range(_LANES)])
-
-
-def _call(name: str, operands: list[Any]) -> Any:
-    return tirx.call_llvm_pure_intrin(f"int32x{_LANES}", name, *operands)
+def _part(value: Any, first: int, width: int) -> Any:
+    return tirx.Shuffle([value], [tirx.IntImm("int32", first + lane) for lane in range(width)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from modelforge.compilers.tvm.affine import FoldAffine
@@ -9,6 +10,7 @@ from modelforge.compilers.tvm.api import graphs, relax, rewritten, target, tvm
 from modelforge.compilers.tvm.chains import LayerNorms
 from modelforge.compilers.tvm.coarse import CoarseSigmoids
 from modelforge.compilers.tvm.earlier import EarlierQuantize
+from modelforge.compilers.tvm.fixed import FixedHardSwish
 from modelforge.compilers.tvm.integer import to_integers
 from modelforge.compilers.tvm.kernels import rewriter
 from modelforge.compilers.tvm.layout import channels_last
@@ -27,7 +29,9 @@ def lower(module: Any, machine: Machine) -> Any:
         for mutator in (EarlierQuantize, ForwardShuffles):
             module = rewritten(module, mutator)
         module = channels_last(to_integers(module, machine))
-        return to_kernels(rewritten(module, lambda own: CoarseSigmoids(own, machine)), machine)
+        for pass_ in (FixedHardSwish, CoarseSigmoids):
+            module = rewritten(module, partial(pass_, machine=machine))
+        return to_kernels(module, machine)
 
 
 def to_kernels(module: Any, machine: Machine) -> Any:
