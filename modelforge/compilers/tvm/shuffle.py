@@ -1,10 +1,9 @@
-"""Channel shuffles (reshape, transpose, reshape) moved forward into the weights or indices of the next convolution.
+"""Channel shuffles (reshape, transpose, reshape) moved forward into the weights of the next convolution.
 
 Idea: a shuffle only renames channels. What works on each channel by itself (bias, activation, depthwise convolution)
 does so under the old names as well, with its own constants renamed; a convolution over all channels takes the new
-names into its weights, and one of several groups reads its input through an index (``relax.take``), which its rule
-folds. What else reads a shuffled value gets it through that index, one pass over the data. Runs on NCHW, before
-:mod:`.layout`.
+names into its weights. What else reads a shuffled value gets it through an index (``relax.take``), one pass over the
+data (:mod:`.kernels.shuffles`). Runs on NCHW, before :mod:`.layout`.
 """
 
 from __future__ import annotations

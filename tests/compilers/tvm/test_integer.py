@@ -83,6 +83,52 @@ def test_no_float_tensor_lies_between_layers(name: str) -> None:
     assert [shape for _, shape in images if shape and np.prod(shape[1:3]) > 1] == [(1, 6, 5, 48)]
 
 
+@pytest.mark.parametrize("machine", runnable(AVX512, AVX2))
+@pytest.mark.parametrize("kind", ["relu", "split", "shared", "unsigned"])
+def test_what_works_on_bytes_between_layers(kind: str, machine: Any) -> None:
+    """As foreign tools write it: a Relu or a Split behind a DQ, its parts read by several, activations of uint8."""
+    layers = Layers((1, 16, 9, 8), seed=4)
+    layers.quantize(0.03, 9)
+    layers.convolution(24, (3, 3))
+    dtype, zero = ("uint8", 131) if kind == "unsigned" else ("int8", -7)
+    layers.quantize(0.3, zero, dtype)
+    if kind == "relu":
+        layers.value = layers.node("Relu", layers.value)
+    elif kind in ("split", "shared"):
+        names = ["part0", "part1"]
+        layers.nodes.append(onnx.helper.make_node("Split", [layers.value], names, axis=1))
+        if kind == "shared":
+            layers.value = layers.node("Concat", layers.node("Neg", names[0]), names[1], names[0], axis=1)
+            layers.quantize(0.3, -7)
+        else:
+            layers.value = names[1]
+    inputs = {"split": 12, "shared": 36}.get(kind, 24)
+    layers.convolution(20, (3, 3), inputs=inputs)
+    layers.quantize(0.5, 3)
+    x = layers.rng.normal(size=layers.shape).astype(np.float32)
+    executable, reports = compiled(layers.model(), machine)
+    assert rules(reports) == {"convolution-int8"}
+    assert steps_apart(run(executable, x), reference(layers.model(), x), 0.5) <= 1
+
+
+@pytest.mark.parametrize("machine", runnable(AVX512, AVX2))
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_an_input_of_bytes_is_taken_as_it_is(dtype: str, machine: Any) -> None:
+    """Whatever the dot product of the machine reads: the other type is moved by 128."""
+    layers = Layers((1, 16, 9, 8), seed=6)
+    parameters = [layers.constant(np.float32(0.03)), layers.constant(np.array(9, dtype))]
+    layers.value = layers.node("DequantizeLinear", "x", *parameters)
+    layers.convolution(24, (3, 3))
+    layers.quantize(0.3, -7)
+    made = layers.model()
+    made.graph.input[0].type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    bounds = np.iinfo(dtype)
+    x = layers.rng.integers(bounds.min, bounds.max, layers.shape, dtype, endpoint=True)
+    executable, reports = compiled(made, machine)
+    assert rules(reports) == {"convolution-int8"}
+    assert steps_apart(run(executable, x), reference(made, x), 0.3) <= 1
+
+
 def test_a_model_without_quantization_is_left_alone() -> None:
     from modelforge.compilers.tvm import integer
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 from onnx import helper
 
@@ -56,3 +59,41 @@ def test_a_squeeze_and_excitation_computes_its_factors_once() -> None:
     reports = agrees(model(nodes, (1, 8, 9, 10), {"a": values(24, 8, 1, 1), "b": values(24, 24, 1, 1)}), AVX2)
     assert_ran(reports, "image-pooling")
     assert_ran(reports, "convolution")
+
+
+BEHIND = {
+    "a mean over pixels": [("ReduceMean", {"keepdims": 0}, ["pixels"])],
+    "a mean over rows": [("ReduceMean", {"keepdims": 0}, ["rows"])],
+    "a mean over channels": [("ReduceMean", {"keepdims": 0}, ["axis"])],
+    "the largest channel": [("ReduceMax", {"keepdims": 1}, ["axis"]), ("Sigmoid", {}, [])],
+    "a softmax over channels": [("Softmax", {"axis": 1}, []), ("Relu", {}, [])],
+    "a softmax over columns": [("Softmax", {"axis": -1}, []), ("Relu", {}, [])],
+    "a constant for each channel": [("Mul", {}, ["channel"]), ("Relu", {}, [])],
+    "a constant for each pixel": [("Add", {}, ["pixel"]), ("Relu", {}, [])],
+    "a slice of channels": [("Slice", {}, ["from", "to", "axis"]), ("Relu", {}, [])],
+    "an image as a line": [("Reshape", {}, ["line"]), ("Transpose", {"perm": [0, 2, 1]}, [])],
+    "pixels as tokens": [("Flatten", {"axis": 2}, []), ("Relu", {}, [])],
+}
+"""Operators behind a convolution, each with its attributes and constants."""
+
+
+@pytest.mark.parametrize("chain", BEHIND.values(), ids=BEHIND)
+def test_what_stands_behind_a_convolution_is_turned_with_it(chain: list[tuple[str, dict[str, Any], list[str]]]) -> None:
+    nodes, last = [helper.make_node("Conv", ["x", "w"], ["v0"], pads=[1] * 4)], "v0"
+    for at, (op, attrs, constants) in enumerate(chain):
+        name = "y" if at == len(chain) - 1 else f"v{at + 1}"
+        nodes.append(helper.make_node(op, [last, *constants], [name], **attrs))
+        last = name
+    given = {
+        "w": values(24, 8, 3, 3),
+        "channel": values(24, 1, 1, seed=5),
+        "pixel": values(9, 10, seed=6),
+        "from": np.array([3]),
+        "to": np.array([17]),
+        "axis": np.array([1]),
+        "rows": np.array([2]),
+        "pixels": np.array([2, 3]),
+        "line": np.array([0, 24, -1]),
+    }
+    used = {name: given[name] for name in ("w", *(name for _, _, constants in chain for name in constants))}
+    assert_ran(agrees(model(nodes, (2, 8, 9, 10), used), AVX2), "convolution")

@@ -2,13 +2,11 @@
 
 Idea: every group is a small convolution, and its sums are held in registers as a convolution's are; the groups are
 one more loop outside. A group's channels are padded to whole vectors in the weights, and the padding is left out where
-tiles are stored. A channel shuffle before the convolution costs nothing: one input element is broadcast at a time, so
-their order is only an index. Bound: as for convolutions, times the padding of a group's channels.
+tiles are stored. Bound: as for convolutions, times the padding of a group's channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
@@ -22,10 +20,7 @@ from modelforge.compilers.tvm.api import (
     dtype_of,
     emit_kernel,
     extent,
-    is_constant,
-    op_name,
     relax,
-    shape_of,
     te,
     topi,
 )
@@ -47,8 +42,7 @@ class Grouped:
         window, groups = window_of(call), int(call.attrs.groups)
         if window is None or groups == 1 or dtype_of(call.args[0]) not in ("float32", "float16"):
             return None
-        data, order = _unshuffled(call.args[0], builder)
-        return _convolve(window, groups, order, constant_value(call.args[1]), data, builder, machine)
+        return _convolve(window, groups, constant_value(call.args[1]), call.args[0], builder, machine)
 
     def schedule(self, sch: Any, anchor: Any, machine: Machine) -> str:
         rows, columns, vectors, lanes = (int(value) for value in block_annotations(sch, anchor)[TILE])
@@ -97,33 +91,8 @@ def _unroll_stores(sch: Any, loops: list[Any], share: int, lanes: int) -> None:
     return None
 
 
-def _unshuffled(data: Any, builder: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The data before a shuffle of its channels, and which of its channels each one is."""
-    bound = builder.lookup_binding(data) if isinstance(data, relax.Var) else None
-    if bound is None or op_name(bound) != "relax.take" or int(bound.attrs.axis) != 3:
-        return data, lambda channel: channel
-    source, indices = bound.args
-    channels = (shape_of(source) or (0,))[-1]
-    if isinstance(indices, relax.Var):
-        indices = builder.lookup_binding(indices)
-    order = constant_value(indices) if is_constant(indices) else np.zeros(0)
-    if order.shape != (channels,) or channels < 2:
-        return data, lambda channel: channel
-    step = int(order[1])
-    if step == 0 or channels % step or not np.array_equal(order, np.arange(channels).reshape(-1, step).T.ravel()):
-        return data, lambda channel: channel
-    parts = channels // step
-    return source, lambda channel: channel % parts * step + channel // parts
-
-
 def _convolve(
-    window: Window,
-    groups: int,
-    order: Callable[[Any], Any],
-    weight: np.ndarray[Any, Any],
-    data: Any,
-    builder: Any,
-    machine: Machine,
+    window: Window, groups: int, weight: np.ndarray[Any, Any], data: Any, builder: Any, machine: Machine
 ) -> Any:
     """Emit the convolution of ``data`` (NHWC) with ``weight`` (OHWI)."""
     share, depth = window.channels // groups, weight.shape[3]
@@ -146,7 +115,7 @@ def _convolve(
         full = te.compute(
             (window.data[0], tall, wide, groups, packed.shape[1] * tile.columns),
             lambda n, y, x, g, c: te.sum(
-                data[n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], order(g * depth + rc)]
+                data[n, y * strides[0] + ry * dilation[0], x * strides[1] + rx * dilation[1], g * depth + rc]
                 * weight[g, c // tile.columns, ry, rx, rc, c % tile.columns],
                 axis=[ry, rx, rc],
             ),
