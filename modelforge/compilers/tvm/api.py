@@ -6,6 +6,7 @@ Runs in the child process of :mod:`.worker`. TVM ships no types: its objects are
 from __future__ import annotations
 
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,6 +121,18 @@ def bindings(module: Any) -> list[tuple[Any, Any, list[Any]]]:
             found += [(binding.var, binding.value, reads(binding.value)) for binding in block.bindings]
         found.append((None, body, reads(body.body if isinstance(body, relax.SeqExpr) else body)))
     return found
+
+
+def given_and_read(module: Any) -> tuple[dict[Any, Any], defaultdict[Any, list[Any]]]:
+    """What every variable of the graphs stands for, and for each the variables whose values read it, one entry a use;
+    None is a graph's result."""
+    given: dict[Any, Any] = {}
+    readers: defaultdict[Any, list[Any]] = defaultdict(list)
+    for variable, value, reads in bindings(module):
+        given[variable] = value
+        for read in reads:
+            readers[read].append(variable)
+    return given, readers
 
 
 def rewritten(module: Any, make: Callable[[Any], Any]) -> Any:

@@ -8,16 +8,15 @@ integer graphs.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any, Final
 
 import numpy as np
 
 from modelforge.compilers.tvm.api import (
     Mutator,
-    bindings,
     constant_value,
     dtype_of,
+    given_and_read,
     is_constant,
     mutator,
     op_name,
@@ -44,14 +43,8 @@ class CoarseSigmoids(Mutator):  # type: ignore[misc]  # TVM ships no types
     def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
         self._machine = machine
-        self._given: dict[Any, Any] = {}
-        self._readers: defaultdict[Any, list[Any]] = defaultdict(list)
+        self._given, self._readers = given_and_read(module)
         self._become_bytes: dict[Any, bool] = {}
-        for variable, value, reads in bindings(module):
-            if variable is not None:
-                self._given[variable] = value
-            for read in reads:
-                self._readers[read].append(variable)
         self._coarse = [
             call
             for variable, call in self._given.items()

@@ -7,7 +7,6 @@ narrowing are left. Bound: eleven instructions for eight lanes, where floats tak
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,10 +15,10 @@ import numpy as np
 from modelforge.compilers.tvm.api import (
     ELEMENTWISE,
     Mutator,
-    bindings,
     constant_value,
     dtype_of,
     emit_kernel,
+    given_and_read,
     is_constant,
     mutator,
     op_name,
@@ -95,12 +94,7 @@ class FixedHardSwish(Mutator):  # type: ignore[misc]  # TVM ships no types
     def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
         self._machine = machine
-        self._given: dict[Any, Any] = {}
-        self._uses: Counter[Any] = Counter()
-        for variable, value, reads in bindings(module):
-            if variable is not None:
-                self._given[variable] = value
-            self._uses.update(reads)
+        self._given, self._readers = given_and_read(module)
 
     def visit_call_(self, call: Any) -> Any:
         chain = self._chain(call) if self._machine.isa == "aarch64" else None
@@ -126,7 +120,7 @@ class FixedHardSwish(Mutator):  # type: ignore[misc]  # TVM ships no types
         if op_name(call) != "relax.astype" or dtype not in BOUNDS:
             return None
         rounded: Any = self._given.get(call.args[0])
-        if op_name(rounded) != "relax.round" or self._uses[call.args[0]] != 1:
+        if op_name(rounded) != "relax.round" or len(self._readers[call.args[0]]) != 1:
             return None
         clipped = self._clipped(rounded.args[0])
         if clipped is None:
@@ -135,7 +129,7 @@ class FixedHardSwish(Mutator):  # type: ignore[misc]  # TVM ships no types
         added = self._with_number(value, "add")
         value, offset = (value, 0.0) if added is None else added
         product: Any = self._given.get(value)
-        if op_name(product) != "relax.multiply" or self._uses[value] != 1:
+        if op_name(product) != "relax.multiply" or len(self._readers[value]) != 1:
             return None
         for one, other in (product.args, reversed(product.args)):
             inner, share = self._with_number(one, "multiply") or (
@@ -166,7 +160,7 @@ class FixedHardSwish(Mutator):  # type: ignore[misc]  # TVM ships no types
     def _factor(self, value: Any) -> tuple[Any, Array] | None:
         """Int32 sums and the constant, float64, that they are multiplied by; its shape adds no axis to theirs."""
         given: Any = self._given.get(value)
-        if op_name(given) != "relax.multiply" or self._uses[value] != 1 or not is_constant(given.args[1]):
+        if op_name(given) != "relax.multiply" or len(self._readers[value]) != 1 or not is_constant(given.args[1]):
             return None
         wide: Any = self._given.get(given.args[0])
         scale = constant_value(given.args[1])
@@ -183,7 +177,7 @@ class FixedHardSwish(Mutator):  # type: ignore[misc]  # TVM ships no types
     def _with_number(self, value: Any, name: str) -> tuple[Any, float] | None:
         """The operand beside one number, of what nothing else reads."""
         given: Any = self._given.get(value)
-        if op_name(given) != f"relax.{name}" or self._uses[value] != 1 or not is_constant(given.args[1]):
+        if op_name(given) != f"relax.{name}" or len(self._readers[value]) != 1 or not is_constant(given.args[1]):
             return None
         constant = constant_value(given.args[1])
         number = float(np.mean(constant)) if constant.size else 0.0

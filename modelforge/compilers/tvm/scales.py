@@ -5,17 +5,16 @@ So a layer is one kernel from int8 to int8: sums that start at bias and zero poi
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from typing import Any, Final
 
 import numpy as np
 
 from modelforge.compilers.tvm.api import (
     Mutator,
-    bindings,
     computed_by,
     constant_value,
     dtype_of,
+    given_and_read,
     is_constant,
     mutator,
     op_name,
@@ -43,15 +42,8 @@ class FoldScales(Mutator):  # type: ignore[misc]  # TVM ships no types
     def __init__(self, module: Any, machine: Machine) -> None:
         super().__init__(module)
         self._machine = machine
-        self._given: dict[Any, Any] = {}
-        self._uses: Counter[Any] = Counter()
-        self._readers: defaultdict[Any, list[Any]] = defaultdict(list)
+        self._given, self._readers = given_and_read(module)
         self._first: dict[Any, tuple[Any, Array]] = {}
-        for variable, value, reads in bindings(module):
-            self._given[variable] = value
-            self._uses.update(reads)
-            for read in reads:
-                self._readers[read].append(variable)
 
     def visit_call_(self, call: Any) -> Any:
         name = op_name(call)
@@ -116,7 +108,7 @@ class FoldScales(Mutator):  # type: ignore[misc]  # TVM ships no types
 
     def _only(self, value: Any) -> Any | None:
         """What a value stands for, where nothing else reads it."""
-        return self._given.get(value) if isinstance(value, relax.Var) and self._uses[value] == 1 else None
+        return self._given.get(value) if isinstance(value, relax.Var) and len(self._readers[value]) == 1 else None
 
     def _scaled(self, value: Any, factor: float, offset: float) -> Any:
         """``value * factor + offset``, with both in the constants that are there. ``factor`` is positive."""
