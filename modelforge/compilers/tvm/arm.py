@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from modelforge.compilers.tvm.api import element_of, intrinsic, lanes_of, op_name, relax, structural_map, tirx
-from modelforge.compilers.tvm.kernels.mathematics import USQADD
 
 _EXTREMES: Final = {"Max": "llvm.maximum", "Min": "llvm.minimum"}
 _CONVERT: Final = "llvm.aarch64.neon.fcvtns"
+USQADD: Final = "llvm.aarch64.neon.usqadd"
+"""An unsigned number and a signed one: their sum, or zero where it is less (Arm ARM)."""
 SQRDMULH: Final = "llvm.aarch64.neon.sqrdmulh"
 """Twice the product of two numbers of 16 or 32 bits, the high half of it, rounded (Arm ARM)."""
 SQSHL: Final = "llvm.aarch64.neon.sqshl"

@@ -14,6 +14,7 @@ from math import sqrt as root
 from typing import Any, Final
 
 from modelforge.compilers.tvm.api import tirx
+from modelforge.compilers.tvm.arm import USQADD
 from modelforge.compilers.tvm.machine import Machine
 
 LOG2E: Final = 1.4426950408889634
@@ -42,8 +43,6 @@ _EXP2: Final = (
 )
 """a, b and c of (f + a) (f f + b) + c, which is that polynomial in that unit: products and sums without copies."""
 _FARTHEST: Final = 120.0
-USQADD: Final = "llvm.aarch64.neon.usqadd"
-"""An unsigned number and a signed one: their sum, or zero where it is less (Arm ARM)."""
 _LOG: Final = (
     3.3333331174e-1,
     -2.4999993993e-1,
